@@ -1,0 +1,49 @@
+"""The ``flash-sfa`` command. Only the module of the chosen subcommand is imported."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .version import __version__
+
+COMMANDS = {
+    "demo": ("flash_sfa.demo.command", "train SFA beside dense attention on real text, compare, generate"),
+    "env": ("flash_sfa.env", "versions, devices, and which implementations are available"),
+    "prepare": ("flash_sfa.train.prepare", "turn text into packed token shards"),
+    "pretrain": ("flash_sfa.train.pretrain", "train a model from a recipe"),
+}
+
+
+class UsageError(Exception):
+    """A mistake of the user: printed as one line, exit status 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns its exit status (2 for a usage error, 130 after Ctrl-C)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="flash-sfa", description="Sparse Feature Attention: tools.")
+    parser.add_argument("--version", action="version", version=f"flash-sfa {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for name, (_, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == chosen:
+            module = import_module(COMMANDS[name][0])
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(words)
+    try:
+        return int(args.run(args))
+    except UsageError as error:
+        print(f"flash-sfa {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    # Through the package's own module, so that UsageError is one class.
+    from flash_sfa.cli import main as package_main
+
+    sys.exit(package_main())

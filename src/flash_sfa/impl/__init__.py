@@ -1,0 +1,1 @@
+"""One module an implementation. Implementations never import one another, except that all may use `reference`."""

@@ -1,0 +1,345 @@
+"""The Transformers integration on tiny random models: same tokens with and without the sparse cache."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+
+import flash_sfa.integrations.transformers as sfa_hf
+from flash_sfa.integrations.transformers import (
+    SFACache,
+    disable_sfa,
+    enable_sfa,
+    register_dense,
+    register_narrow,
+)
+
+SMALL = {
+    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def mimo() -> hf.PreTrainedModel:
+    config = hf.MiMoV2FlashConfig(
+        **SMALL, head_dim=32, v_head_dim=16,
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}
+        },
+        layer_types=["full_attention"] * 2, mlp_layer_types=["dense"] * 2,
+    )  # fmt: skip
+    register_dense()
+    return hf.AutoModelForCausalLM.from_config(config, attn_implementation="sfa_dense")
+
+
+MODELS = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=None)
+    ),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SMALL, head_dim=16)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SMALL, sliding_window=8)),
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(
+        hf.GPTNeoXConfig(
+            vocab_size=99,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=None,
+        )  # fmt: skip
+    ),
+    "mimo": mimo,
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return MODELS[request.param]().eval()
+
+
+def head_dim(model):
+    return sfa_hf._head_dim(model.config)
+
+
+def prompt(rows=3, length=11, pad=True):
+    ids = torch.randint(2, 99, (rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if pad:
+        for row, zeros in enumerate((0, 3, 5)[:rows]):
+            ids[row, :zeros], mask[row, :zeros] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, inputs, **kwargs):
+    torch.manual_seed(5)
+    kwargs = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **kwargs}
+    return model.generate(**inputs, **kwargs)
+
+
+@torch.no_grad()
+def test_full_topk_equals_dense(model):
+    inputs = prompt(pad=False)
+    dense = model(**inputs).logits
+    tokens = generate(model, inputs)
+    enable_sfa(model, topk=head_dim(model))
+    torch.testing.assert_close(model(**inputs).logits, dense, atol=2e-5, rtol=1e-4)
+    assert torch.equal(generate(model, inputs), tokens)
+    enable_sfa(model, topk=3)
+    assert (model(**inputs).logits - dense).abs().max() > 1e-3  # topk=3 is another model: the path ran
+    disable_sfa(model)
+    torch.testing.assert_close(model(**inputs).logits, dense, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3},
+        {"prefill_chunk_size": 4},
+    ],
+    ids=["greedy", "sample", "beam", "chunked"],
+)
+def test_cached_equals_uncached(model, mode):
+    enable_sfa(model, topk=4)
+    inputs = prompt()
+    cached = generate(model, inputs, **mode)
+    mode = {key: value for key, value in mode.items() if key != "prefill_chunk_size"}
+    assert torch.equal(cached, generate(model, inputs, use_cache=False, **mode))
+
+
+def test_generate_uses_the_sparse_cache(model, monkeypatch):
+    enable_sfa(model, topk=4)
+    seen = []
+    forward = sfa_hf.sfa_attention
+    monkeypatch.setattr(sfa_hf, "sfa_attention", lambda q, k, v, **kw: seen.append(type(k)) or forward(q, k, v, **kw))
+    out = generate(model, prompt(), return_dict_in_generate=True)
+    assert seen and set(seen) == {sfa_hf.SparseCode}
+    cache = out.past_key_values
+    assert isinstance(cache, SFACache)
+    dense = hf.DynamicCache(config=model.config)
+    disable_sfa(model)
+    model(**prompt(), past_key_values=dense)
+    layer, own = cache.layers[0], dense.layers[0]
+    tokens, dense_tokens = layer.values.shape[-2], own.values.shape[-2]
+    d = own.keys.shape[-1]
+    per_token = sum(x.nbytes for x in (layer.keys, layer.key_indices, layer.key_dense)) / tokens
+    assert per_token == own.keys.nbytes / dense_tokens * (4 * (4 + 1)) / (4 * d)
+
+
+def test_continue_a_conversation():
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
+    inputs = prompt(rows=1, pad=False)
+    cache = SFACache(model.config)
+    first = generate(model, inputs, past_key_values=cache)
+    longer = torch.cat([first, torch.tensor([[7, 8, 9]])], dim=1)
+    second = generate(model, {"input_ids": longer}, past_key_values=cache)
+    assert torch.equal(second, generate(model, {"input_ids": longer}, use_cache=False))
+
+
+@pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])
+def test_assisted_generation(mode):
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
+    inputs = prompt(rows=1, pad=False)
+    inputs["input_ids"] = inputs["input_ids"].repeat(1, 2)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    crops = []
+    crop = sfa_hf._SparseKeys.crop
+    sfa_hf._SparseKeys.crop = lambda self, n: crops.append(n) or crop(self, n)
+    try:
+        if mode == "prompt_lookup":
+            assisted = generate(model, inputs, prompt_lookup_num_tokens=3)
+        else:
+            assisted = generate(model, inputs, assistant_model=enable_sfa(copy.deepcopy(model), topk=2))
+    finally:
+        sfa_hf._SparseKeys.crop = crop
+    assert crops
+    assert torch.equal(assisted, generate(model, inputs, use_cache=False))
+
+
+@torch.no_grad()
+def test_causal_and_padding(model):
+    enable_sfa(model, topk=4)
+    inputs = prompt(rows=2, pad=False)
+    logits = model(**inputs).logits
+    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][:, -1] = 5
+    assert torch.equal(model(**changed).logits[:, :-1], logits[:, :-1])
+
+    padded = prompt(rows=2)
+    positions = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with_padding = model(**padded, position_ids=positions).logits[1, 3:]
+    alone = model(input_ids=padded["input_ids"][1:, 3:]).logits[0]
+    torch.testing.assert_close(with_padding, alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "mistral"])
+@torch.no_grad()
+def test_packing_equals_separate_documents(name, monkeypatch):
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS[name]().eval(), topk=4)
+    ids = prompt(rows=1, length=17, pad=False)["input_ids"]
+    alone = torch.cat([model(input_ids=part).logits for part in (ids[:, :6], ids[:, 6:])], dim=1)
+    positions = torch.cat([torch.arange(6), torch.arange(11)])[None]
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
+
+    calls = []
+    varlen = sfa_hf.sfa_attention_varlen
+    monkeypatch.setattr(sfa_hf, "sfa_attention_varlen", lambda *a, **kw: calls.append(1) or varlen(*a, **kw))
+    cu = torch.tensor([0, 6, 17], dtype=torch.int32)
+    packed = model(
+        input_ids=ids,
+        position_ids=positions,
+        use_cache=False,
+        cu_seq_lens_q=cu,
+        cu_seq_lens_k=cu,
+        max_length_q=11,
+        max_length_k=11,
+    ).logits
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_setting_is_saved(tmp_path):
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["llama"]().eval(), topk=(None, 4), dense_dims=[0, 8], layers=[1])
+    logits = model(**prompt()).logits
+    model.save_pretrained(tmp_path)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.sfa == {"topk": [None, 4], "dense_dims": [0, 8], "layers": [1]}
+    assert (loaded(**prompt()).logits - logits).abs().max() > 1e-3  # not enabled yet: dense
+    enable_sfa(loaded, **loaded.config.sfa)
+    assert torch.equal(loaded(**prompt()).logits, logits)
+    cache = SFACache(loaded.config)
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer", "SFALayer"]
+    assert torch.equal(generate(loaded, prompt()), generate(loaded, prompt(), use_cache=False))
+
+
+def test_rotary_features_are_the_first():
+    torch.manual_seed(0)
+    model = enable_sfa(mimo(), topk=4, dense_dims="rotary")
+    assert model.config.sfa["dense_dims"] == 8
+    keys = {}
+    for at in (0, 9):
+        cache = hf.DynamicCache(config=model.config)
+        model(torch.tensor([[5]]), past_key_values=cache, position_ids=torch.tensor([[at]]))
+        keys[at] = cache.layers[0].keys
+    same = (keys[0] == keys[9]).all(0).all(0).all(0)
+    assert same[8:].all() and not same[:8].all()
+
+
+def test_autocast_training_step_and_cache():
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"](), topk=4)
+    inputs = prompt(pad=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model(**inputs).logits[:, -1]
+        cache = SFACache(model.config)
+        model(input_ids=inputs["input_ids"][:, :-1], past_key_values=cache)
+        step = model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache).logits[:, -1]
+    assert cache.layers[0].keys.dtype == cache.layers[0].values.dtype == torch.bfloat16
+    torch.testing.assert_close(step.float(), whole.float(), atol=0.05, rtol=0.05)
+
+
+@torch.no_grad()
+def test_bidirectional_model():
+    torch.manual_seed(0)
+    model = hf.BertModel(
+        hf.BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    ).eval()
+    inputs = prompt(rows=2)
+    dense = model(**inputs).last_hidden_state
+    enable_sfa(model, topk=16)
+    out = model(**inputs).last_hidden_state
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(out[seen], dense[seen], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_compiles_in_one_graph():
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["llama"]().eval(), topk=4)
+    ids = prompt(pad=False)["input_ids"]
+    eager = model(input_ids=ids, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_narrow_rival_is_a_dense_model_on_the_first_features():
+    register_narrow()
+    torch.manual_seed(0)
+    model = MODELS["gpt2"]().eval()
+    dense = model(**prompt(pad=False)).logits
+    model.config.sfa_narrow = 16
+    model.set_attn_implementation("sfa_narrow")
+    torch.testing.assert_close(model(**prompt(pad=False)).logits, dense, atol=2e-5, rtol=1e-4)
+    model.config.sfa_narrow = 5
+    assert (model(**prompt(pad=False)).logits - dense).abs().max() > 1e-3
+    assert torch.equal(generate(model, prompt()), generate(model, prompt(), use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"topk": 0}, ValueError, "topk"),
+        ({"topk": (None, None)}, ValueError, "topk"),
+        ({"topk": 4.0}, TypeError, "topk"),
+        ({"topk": 4, "dense_dims": 16}, ValueError, "dense_dims"),
+        ({"topk": 4, "dense_dims": "rotary"}, ValueError, "rotary"),
+        ({"topk": 4, "layers": [2]}, ValueError, "layers"),
+    ],
+)
+def test_bad_settings_change_nothing(kwargs, error, words):
+    model = MODELS["llama"]()
+    before = model.config._attn_implementation
+    with pytest.raises(error, match=words):
+        enable_sfa(model, **kwargs)
+    assert model.config._attn_implementation == before
+    assert not hasattr(model.config, "sfa")
+
+
+def test_refusals():
+    with pytest.raises(NotImplementedError, match="GPTJ"):
+        enable_sfa(
+            hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=9, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)),
+            topk=4,
+        )
+    with pytest.raises(ValueError, match="name"):
+        sfa_hf.register_sfa("flash_sfa")
+    with pytest.raises(ValueError, match="enable_sfa"):
+        SFACache(hf.LlamaConfig(**SMALL))
+    with pytest.raises(ValueError, match="not enabled"):
+        disable_sfa(MODELS["llama"]())
+    model = enable_sfa(MODELS["llama"](), topk=4)
+    q = torch.randn(1, 4, 3, 16)
+    for name in ("softcap", "s_aux", "position_bias"):
+        with pytest.raises(NotImplementedError, match=name):
+            sfa_hf._sfa_forward(
+                model.model.layers[0].self_attn, q, q[:, :2], q[:, :2], None, scaling=1.0, **{name: 1.0}
+            )
+    model.config.sfa["tokp"] = 3
+    with pytest.raises(ValueError, match="tokp"):
+        model(**prompt())
