@@ -99,8 +99,9 @@ def attention(
     q, k, v = (x.masked_fill(bad, 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_v)))
     visible = visible.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     scores = (softmax_scale * (q @ k.transpose(-1, -2))).masked_fill(~visible, -torch.inf)
+    empty = ~visible.any(-1, keepdim=True)
     lse = scores.logsumexp(dim=-1)
-    probs = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    probs = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
     if dropout_p > 0.0:
         probs = torch.nn.functional.dropout(probs, dropout_p)
     out = probs @ v

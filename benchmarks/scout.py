@@ -1,0 +1,288 @@
+"""Run a queue of recipes over the GPUs of one machine, in order, within a time budget.
+
+    python benchmarks/scout.py recipes/scout/queue.yaml --out runs/scout --gpus 0,1 --per-gpu 2 --budget 1200
+
+The queue is a YAML list of ``{name, recipe, set}``; ``recipe`` is relative to the queue file. Each run is a
+process of its own with one GPU (``--gpus cpu`` for none). A run that fails or outlasts ``--run-limit`` is
+noted and the next one starts. Start again with the same --out to go on: finished runs are kept, others
+restart (or resume where the recipe saves checkpoints).
+
+Files in --out: rows.jsonl (results in order of finishing), status.json, table.txt, runs/NAME/, runs/NAME.log.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SOURCE = Path(__file__).resolve().parent.parent / "src"
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Extract a tar (any compression) once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".{archive.name}.done"
+    if not mark.exists():
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        mark.touch()
+
+
+def read_queue(path: Path) -> list[dict[str, Any]]:
+    """The queue's entries, checked."""
+    entries = yaml.safe_load(path.read_text())
+    names = set()
+    for entry in entries:
+        unknown = set(entry) - {"name", "recipe", "set"}
+        if unknown or "name" not in entry or "recipe" not in entry:
+            raise SystemExit(f"{path}: an entry needs name and recipe, may have set; got {entry}")
+        if entry["name"] in names:
+            raise SystemExit(f"{path}: the name {entry['name']!r} comes twice")
+        names.add(entry["name"])
+        entry["recipe"] = path.parent / entry["recipe"]
+    return list(entries)
+
+
+class Scout:
+    """The shared state of the worker threads."""
+
+    def __init__(self, out: Path, overrides: list[str], budget: float, run_limit: float) -> None:
+        self.out, self.overrides, self.budget, self.run_limit = out, overrides, budget, run_limit
+        self.began = time.monotonic()
+        self.lock = threading.Lock()
+        self.running: dict[str, float] = {}
+        self.done: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.skipped: list[str] = []
+        self.durations: list[float] = []
+        self.children: list[subprocess.Popen[bytes]] = []
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        rows = out / "rows.jsonl"
+        self.have = {json.loads(line)["name"] for line in rows.read_text().splitlines()} if rows.exists() else set()
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def note(self) -> None:
+        state = {
+            "elapsed_s": round(self.elapsed()),
+            "running": {name: round(self.elapsed() - start) for name, start in self.running.items()},
+            "done": self.done,
+            "failed": self.failed,
+            "skipped": self.skipped,
+        }
+        part = self.out / "status.json.part"
+        part.write_text(json.dumps(state, indent=1) + "\n")
+        part.replace(self.out / "status.json")
+
+    def one(self, entry: dict[str, Any], gpu: str, extra: list[str], folder: str = "runs") -> Path:
+        """Run one entry to its end; returns the path of its row, which exists if it went well."""
+        name = entry["name"]
+        target = self.out / folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "flash_sfa.train.pretrain", str(entry["recipe"])]
+        command += ["--out", str(target), "--quiet", "--set", f"name={name}"]
+        sets = [f"{key}={json.dumps(value)}" for key, value in (entry.get("set") or {}).items()]
+        for override in [*sets, *self.overrides, *extra]:
+            command += ["--set", override]
+        env = dict(os.environ, TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), env.get("PYTHONPATH", "")]))
+        env["CUDA_VISIBLE_DEVICES"] = "" if gpu == "cpu" else gpu
+        began = time.monotonic()
+        with (self.out / folder / f"{name}.log").open("ab") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+            with self.lock:
+                self.children.append(child)
+                self.running[name] = self.elapsed()
+                self.note()
+            try:
+                code = child.wait(timeout=self.run_limit)
+                reason = "" if code == 0 else f"exit {code}"
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+                reason = f"killed after {self.run_limit:.0f} s"
+        with self.lock:
+            self.children.remove(child)
+            del self.running[name]
+            if reason:
+                self.failed[name] = f"{reason}: {last_line(self.out / folder / f'{name}.log')}"
+            else:
+                self.durations.append(time.monotonic() - began)
+            self.note()
+        return target / "row.json"
+
+    def worker(self, gpu: str, jobs: "queue.Queue[dict[str, Any]]") -> None:
+        while True:
+            try:
+                entry = jobs.get_nowait()
+            except queue.Empty:
+                return
+            name = entry["name"]
+            with self.lock:
+                longest = max(self.durations, default=0.0)
+                if name in self.have:
+                    self.done.append(name)
+                    continue
+                if self.elapsed() + longest > self.budget:
+                    self.skipped.append(name)
+                    self.note()
+                    continue
+            try:
+                row = self.one(entry, gpu, [])
+                if row.exists() and name not in self.failed:
+                    with self.lock:
+                        with (self.out / "rows.jsonl").open("a") as rows:
+                            rows.write(json.dumps(json.loads(row.read_text())) + "\n")
+                        self.done.append(name)
+                        (self.out / "table.txt").write_text(table(self.out / "rows.jsonl"))
+                        self.note()
+            except Exception as error:  # one bad run must not end the others
+                with self.lock:
+                    self.running.pop(name, None)
+                    self.failed[name] = repr(error)
+
+
+def last_line(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no output"
+
+
+def table(rows_file: Path) -> str:
+    """A short text table of rows.jsonl, best first within a family, with quantised rivals as rows of their
+    own."""
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
+    lines = []
+    for row in rows:
+        config = row["config"]
+        codes = row.get("codes", {})
+        base = (config["model"]["family"], row["name"])
+        lines.append((*base, row, row["k_bytes"], codes, row["complete"]))
+        lines += [
+            (base[0], f"{base[1]}-{q['bits']}bit", q, q["k_bytes"], {}, row["complete"]) for q in row["quantized"]
+        ]
+    dense: dict[str, float] = {}
+    for family, name, row, *_ in lines:
+        if name.endswith("-dense") and "partial" not in name and row["val"]:
+            dense[family] = min(row["val"]["all"], dense.get(family, 1e9))
+    lines.sort(key=lambda line: (line[0], line[2]["val"].get("all", 0.0)))
+    out = [
+        f"{'name':28s} {'K B':>6s} {'all':>8s} {'dense':>7s} {'wiki':>8s} {'novels':>8s} {'python':>8s} "
+        f"{'wt2':>8s} {'overlap':>7s} {'edges':>6s} {'r999':>5s} {'Mtok/s':>6s}"
+    ]
+    for family, name, row, k_bytes, codes, complete in lines:
+        val, test = row["val"], row["test"]
+        ratio = val.get("all", float("nan")) / dense.get(family, float("nan")) - 1
+        numbers = [val.get(s, float("nan")) for s in ("wikipedia", "novels", "python")]
+        numbers.append(test.get("wikitext2", float("nan")))
+        out.append(
+            f"{name:28s} {k_bytes:6.1f} {val.get('all', float('nan')):8.2f} {100 * ratio:+6.1f}% "
+            + " ".join(f"{n:8.2f}" for n in numbers)
+            + f" {codes.get('overlap', float('nan')):7.3f} {codes.get('edges', float('nan')):6.2f}"
+            + f" {codes.get('rows_999', float('nan')):5.2f} {row.get('tokens_per_s', 0) / 1e6:6.2f}"
+            + ("" if complete else "  stopped early")
+        )
+    return "\n".join(out) + "\n"
+
+
+def smoke(scout: Scout, entries: list[dict[str, Any]], gpus: list[str], count: int) -> bool:
+    """Run the first ``count`` entries for 40 steps, all at once over the GPUs; True if at least one
+    worked."""
+    extra = ["train.tokens=1310720", "eval.tokens=65536", "eval.curve_points=0", "train.log_every=10"]
+    extra += ["eval.save_qkv=false"]
+    limit, scout.run_limit = scout.run_limit, min(scout.run_limit, 240.0)
+    rows: dict[str, Path] = {}
+
+    def go(i: int) -> None:
+        rows[entries[i]["name"]] = scout.one(entries[i], gpus[i % len(gpus)], extra, "smoke")
+
+    threads = [threading.Thread(target=go, args=(i,)) for i in range(min(count, len(entries)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    good = 0
+    for name, path in rows.items():
+        if path.exists():
+            row = json.loads(path.read_text())
+            good += 1
+            print(
+                f"smoke {name}: {row['tokens_per_s'] / 1e6:.2f}M tokens/s (shared GPU), first step "
+                f"{row['first_step_s']:.0f} s, all {row['total_s']:.0f} s, "
+                f"peak {row.get('peak_bytes', 0) / 2**30:.1f} GiB",
+                flush=True,
+            )
+        else:
+            print(f"smoke {name} FAILED: {scout.failed.get(name)}", flush=True)
+    scout.failed.clear()
+    scout.durations.clear()
+    scout.run_limit = limit
+    return good > 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("queue", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gpus", default="0", help="comma-separated ids, or cpu")
+    parser.add_argument("--per-gpu", type=int, default=1, help="runs at once on one GPU")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no run is started")
+    parser.add_argument("--run-limit", type=float, default=900.0, help="seconds after which a run is killed")
+    parser.add_argument("--only", default="", help="comma-separated names; the rest of the queue is left out")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="override for every run")
+    parser.add_argument("--smoke", type=int, default=0, metavar="N", help="first try N entries for 40 steps")
+    parser.add_argument("--unpack", action="append", default=[], metavar="TAR:DIR", help="extract first")
+    args = parser.parse_args(argv)
+    scout = Scout(args.out, args.overrides, args.budget, args.run_limit)
+
+    def stop(number: int, frame: object) -> None:
+        for child in scout.children:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    for item in args.unpack:
+        archive, _, folder = item.partition(":")
+        unpack(Path(archive), Path(folder))
+    entries = read_queue(args.queue)
+    if args.only:
+        entries = [entry for entry in entries if entry["name"] in args.only.split(",")]
+    gpus = args.gpus.split(",")
+    if args.smoke and not smoke(scout, entries, gpus, args.smoke):
+        print("every smoke run failed; the queue is not started", flush=True)
+        return 1
+    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
+    for entry in entries:
+        jobs.put(entry)
+    # GPUs alternate, so that the first runs spread over all of them.
+    slots = [gpu for _ in range(args.per_gpu) for gpu in gpus]
+    threads = [threading.Thread(target=scout.worker, args=(gpu, jobs)) for gpu in slots]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    text = table(args.out / "rows.jsonl")
+    (args.out / "table.txt").write_text(text)
+    scout.note()
+    print(text)
+    for name, reason in scout.failed.items():
+        print(f"failed {name}: {reason}")
+    if scout.skipped:
+        print("not started:", " ".join(scout.skipped))
+    return 1 if scout.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

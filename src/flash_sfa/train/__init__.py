@@ -1,0 +1,1 @@
+"""Training: token shards (``prepare``, ``shards``), models from recipes (``models``) and ``pretrain``."""

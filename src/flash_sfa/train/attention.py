@@ -1,0 +1,270 @@
+"""The attention of training runs: a Transformers attention function that follows each layer's settings.
+
+SFA by "mask": q and k keep their top-k features in place (zeros elsewhere) and go through torch SDPA. The
+scores are those of the codes, so results equal ``flash_sfa.sfa_attention`` with ``nonoverlap="zero"``; it
+saves no memory and needs no kernel. SFA by "op" calls ``flash_sfa.sfa_attention``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAME = "sfa_train"
+ROUNDS = 32
+
+
+@dataclass
+class LayerAttention:
+    """How one layer attends; read from ``module.sfa_train``.
+
+    Attributes:
+        kind: "dense", "narrow" (the first qk_dim features of q and k only) or "sfa".
+        topk_q, topk_k: features kept a row beside dense_dims; None keeps the side dense.
+        dense_dims: features that are always kept.
+        path: "mask" or "op", for kind "sfa".
+        k_bits: None, or the bits to which k is rounded (evaluation only), see ``quantize_keys``.
+        observed: None, or a list to which each call appends its statistics (evaluation only).
+        captured: None, or a list to which each call appends q, k, v as they enter top-k (evaluation only).
+    """
+
+    kind: str = "dense"
+    qk_dim: int | None = None
+    topk_q: int | None = None
+    topk_k: int | None = None
+    dense_dims: tuple[int, ...] = ()
+    path: str = "mask"
+    k_bits: int | None = None
+    observed: list[dict[str, float]] | None = field(default=None, repr=False)
+    captured: list[tuple[Tensor, Tensor, Tensor]] | None = field(default=None, repr=False)
+
+
+def topk_mask(x: Tensor, topk: int, dense_dims: tuple[int, ...] = ()) -> Tensor:
+    """True at the features that ``topk_sparsify(x, topk, dense_dims=dense_dims)`` keeps.
+
+    Each feature gets a unique integer: the bits of |x|, then the feature number counted from the end, so one
+    comparison with the k-th largest selects exactly k and ties go to the lowest number. The k-th largest
+    comes
+    from k maxima in a row, which a compiler fuses into one pass over a row.
+
+    Args:
+        x: (..., d) bfloat16, float16 or float32, d <= 8192. topk: at least 1.
+
+    Returns:
+        bool (..., d).
+
+    Raises:
+        TypeError: another dtype. ValueError: topk < 1.
+
+    Example:
+        >>> import torch
+        >>> from flash_sfa.train.attention import topk_mask
+        >>> topk_mask(torch.tensor([0.1, -3.0, 2.0, 0.5]), 2).tolist()
+        [False, True, True, False]
+    """
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1, got {topk}")
+    d = x.shape[-1]
+    feature = torch.arange(d, device=x.device)
+    always = torch.zeros(d, dtype=torch.bool, device=x.device)
+    for u in dense_dims:
+        always = always | (feature == u)
+    width = min(topk, d - len(dense_dims))
+    if width == d - len(dense_dims):
+        return torch.ones_like(x, dtype=torch.bool)
+    bits = x.float().abs().view(torch.int32)
+    bits = torch.where(torch.isnan(x), 0x7FC00000, bits)
+    order = d - 1 - feature
+    if x.dtype == torch.bfloat16:
+        key = (bits & ~0xFFFF) | order.int()
+    elif x.dtype == torch.float16:
+        key = (bits & ~0x1FFF) | order.int()
+    elif x.dtype == torch.float32:
+        key = (bits.long() << 16) | order
+    else:
+        raise TypeError(f"x must be bfloat16, float16 or float32, got {x.dtype}")
+    key = torch.where(always, -1, key)
+    if width > ROUNDS:
+        kth = key.topk(width, dim=-1).values[..., -1:]
+    else:
+        left = key
+        for _ in range(width - 1):
+            left = torch.where(left == left.amax(-1, keepdim=True), -1, left)
+        kth = left.amax(-1, keepdim=True)
+    kept: Tensor = (key >= kth) | always
+    return kept
+
+
+def keep_topk(x: Tensor, topk: int, dense_dims: tuple[int, ...] = ()) -> Tensor:
+    """x with all but its top-k and always-on features set to 0; the gradient passes at the kept ones."""
+    with torch.no_grad():
+        mask = topk_mask(x, topk, dense_dims)
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def quantize_keys(k: Tensor, bits: int, group: int = 64) -> Tensor:
+    """Round keys (b, h, n, d) to ``bits`` as a cache would: 2^bits levels between the smallest and largest
+    value
+    of each feature in each group of ``group`` tokens. Two 16-bit numbers a feature and group describe the
+    levels.
+    """
+    b, h, n, d = k.shape
+    padded = F.pad(k.float(), (0, 0, 0, -n % group)).view(b, h, -1, group, d)
+    valid = (torch.arange(padded.shape[2] * group, device=k.device) < n).view(-1, group, 1)
+    low = torch.where(valid, padded, torch.inf).amin(3, keepdim=True)
+    high = torch.where(valid, padded, -torch.inf).amax(3, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
+    rounded: Tensor = torch.round((padded - low) / step) * step + low
+    rounded = rounded.view(b, h, -1, d)[:, :, :n]
+    return rounded.to(k.dtype)
+
+
+def key_bytes(head_dim: int, at: LayerAttention) -> float:
+    """Bytes of one stored key (one token, one kv head) in 16-bit floats, top-k indices in 1 byte up to d =
+    256."""
+    if at.k_bits is not None:
+        return (at.qk_dim or head_dim) * (at.k_bits / 8 + 4 / 64)
+    if at.kind == "narrow":
+        return 2.0 * (at.qk_dim or head_dim)
+    if at.kind == "sfa" and at.topk_k is not None:
+        width = min(at.topk_k, head_dim - len(at.dense_dims))
+        return width * (3.0 if head_dim <= 256 else 4.0) + 2.0 * len(at.dense_dims)
+    return 2.0 * head_dim
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Causal attention over (b, h, n, d) tensors through torch SDPA, widths padded to one so that any backend
+    fits."""
+    n, dv = q.shape[2], v.shape[-1]
+    width = max(q.shape[-1], dv) + -max(q.shape[-1], dv) % 8
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if window is None or window >= n:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        i = torch.arange(n, device=q.device)
+        behind = i[:, None] - i[None, :]
+        mask = (behind >= 0) & (behind < window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out[..., :dv]
+
+
+def train_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for Transformers models; full rows only (no padding), causal, no dropout.
+
+    Args:
+        module: its ``sfa_train`` attribute holds a LayerAttention.
+        query, key, value: (b, heads, n, d), as Transformers passes them.
+
+    Returns:
+        (b, n, heads, dv) and None.
+    """
+    if attention_mask is not None or dropout:
+        raise NotImplementedError("training attention takes packed rows without a mask and no dropout")
+    if key.shape[2] != query.shape[2]:
+        raise NotImplementedError("training attention has no cache; export the checkpoint to generate")
+    at = module.sfa_train
+    if not isinstance(at, LayerAttention):
+        raise TypeError("the module has no LayerAttention; build the model with flash_sfa.train.models")
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    if at.kind == "narrow" and at.qk_dim is not None and at.qk_dim < q.shape[-1]:
+        scaling = scaling * (q.shape[-1] / at.qk_dim) ** 0.5
+        q, k = q[..., : at.qk_dim], k[..., : at.qk_dim]
+    if at.k_bits is not None:
+        k = quantize_keys(k, at.k_bits)
+    if at.observed is not None:
+        at.observed.append(_statistics(q, k, at, scaling, sliding_window))
+    if at.captured is not None:
+        at.captured.append((q, k, v))
+    if at.kind == "sfa" and at.path == "op":
+        from ..api import sfa_attention
+
+        out = sfa_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            topk=(at.topk_q, at.topk_k),
+            dense_dims=at.dense_dims,
+            causal=True,
+            softmax_scale=scaling,
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        )
+        return out, None
+    if at.kind == "sfa":
+        if at.topk_q is not None:
+            q = keep_topk(q, at.topk_q, at.dense_dims)
+        if at.topk_k is not None:
+            k = keep_topk(k, at.topk_k, at.dense_dims)
+    return _sdpa(q, k, v, scaling, sliding_window).transpose(1, 2), None
+
+
+@torch.no_grad()
+def _statistics(q: Tensor, k: Tensor, at: LayerAttention, scale: float, window: int | None) -> dict[str, float]:
+    """What the codes of one layer look like, means over heads and visible pairs.
+
+    overlap: share of pairs with a common feature. edges: common features a pair. v_rows: share of visible V
+    rows
+    some query head of the group shares a feature with. balance_q, balance_k: entropy of the selected features
+    over its largest value. rows_999: share of visible rows that carry 99.9% of the weight (queries of the
+    second half).
+    """
+    sparse = at.kind == "sfa"
+    d, n, groups = q.shape[-1], q.shape[2], q.shape[1] // k.shape[1]
+    q_on = topk_mask(q, at.topk_q, at.dense_dims) if sparse and at.topk_q else torch.ones_like(q, dtype=torch.bool)
+    k_on = topk_mask(k, at.topk_k, at.dense_dims) if sparse and at.topk_k else torch.ones_like(k, dtype=torch.bool)
+    free = [u for u in range(d) if u not in at.dense_dims]
+    i = torch.arange(n, device=q.device)
+    behind = i[:, None] - i[None, :]
+    seen = (behind >= 0) & (behind < (window or n))
+    pairs = seen.sum()
+    k_all, k_on_all = k.repeat_interleave(groups, 1), k_on.repeat_interleave(groups, 1)
+    shared = q_on.float() @ k_on_all.float().transpose(-1, -2)
+    hit = (shared > 0) & seen
+    by_group = hit.view(hit.shape[0], -1, groups, n, n).any(2)
+    scores = (q * q_on).float() @ (k_all * k_on_all).float().transpose(-1, -2) * scale
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)[..., n // 2 :, :]
+    heavy = (weights.sort(-1, descending=True).values.cumsum(-1) < 0.999).sum(-1) + 1
+    out = {
+        "overlap": float(hit.sum() / (pairs * hit.shape[0] * hit.shape[1])),
+        "edges": float((shared * seen).sum() / (pairs * hit.shape[0] * hit.shape[1])),
+        "v_rows": float(by_group.sum() / (pairs * by_group.shape[0] * by_group.shape[1])),
+        "rows_999": float((heavy / seen[n // 2 :].sum(-1)).mean()),
+    }
+    for name, on in (("balance_q", q_on), ("balance_k", k_on)):
+        share = on[..., free].float().mean((0, 2))
+        share = share / share.sum(-1, keepdim=True)
+        entropy = -(share * share.clamp_min(1e-12).log()).sum(-1) / torch.tensor(float(max(len(free), 2))).log()
+        out[name] = float(entropy.mean())
+    return out
+
+
+def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """Mask function beside ``train_attention``: rows are packed and full, so there is none to build."""
+    if attention_mask is not None:
+        raise NotImplementedError("training attention takes packed rows; do not pass attention_mask")
+
+
+def register() -> None:
+    """Register "sfa_train" with Transformers."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, train_attention)
+    AttentionMaskInterface.register(NAME, no_mask)

@@ -1,0 +1,159 @@
+"""Transformers models from recipes."""
+
+from typing import Any
+
+from torch import nn
+
+from . import attention
+from .attention import LayerAttention
+from .recipe import Recipe
+
+
+def make_config(recipe: Recipe, vocab_size: int) -> Any:
+    """The Transformers configuration of a recipe; vocab_size is rounded up to model.vocab_multiple.
+
+    Raises:
+        ValueError, NotImplementedError: a shape the family does not have, with the reason.
+    """
+    import transformers
+
+    m, at = recipe.model, recipe.attention
+    vocab = vocab_size + -vocab_size % m.vocab_multiple
+    kv_heads = m.kv_heads or m.heads
+    dv = m.v_head_dim or m.head_dim
+    if m.heads % kv_heads:
+        raise ValueError(f"model.heads={m.heads} must be a multiple of model.kv_heads={kv_heads}")
+    common = {
+        "vocab_size": vocab,
+        "tie_word_embeddings": True,
+        "bos_token_id": vocab_size - 1,
+        "eos_token_id": vocab_size - 1,
+        "pad_token_id": None,
+        "use_cache": False,
+    }
+    if m.family == "gpt2":
+        if m.heads * m.head_dim != m.width or dv != m.head_dim or kv_heads != m.heads or m.rotary_dims:
+            raise NotImplementedError(
+                "model.family gpt2 needs width = heads * head_dim, v_head_dim = head_dim, kv_heads = heads "
+                f"and no rotary_dims, got width={m.width}, heads={m.heads}, kv_heads={kv_heads}, "
+                f"head_dim={m.head_dim}, v_head_dim={dv}, rotary_dims={m.rotary_dims}"
+            )
+        return transformers.GPT2Config(
+            **common,
+            n_positions=m.context,
+            n_embd=m.width,
+            n_layer=m.layers,
+            n_head=m.heads,
+            n_inner=m.mlp,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    shape = {
+        **common,
+        "hidden_size": m.width,
+        "intermediate_size": m.mlp or 8 * m.width // 3,
+        "num_hidden_layers": m.layers,
+        "num_attention_heads": m.heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": m.context,
+        "rms_norm_eps": 1e-6,
+    }
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": m.rope_theta}
+    if m.family == "rotary":
+        d = at.qk_dim if at.kind == "narrow" and at.qk_dim is not None else m.head_dim
+        rotary = d if m.rotary_dims is None else m.rotary_dims
+        if rotary % 2 or not 0 <= rotary <= d:
+            raise ValueError(f"model.rotary_dims must be even and in [0, {d}], got {rotary}")
+        # The model takes int(d * factor); the half keeps rounding from dropping a feature.
+        rope["partial_rotary_factor"] = (rotary + 0.5) / d if rotary < d else 1.0
+        return transformers.MiMoV2FlashConfig(
+            **shape,
+            head_dim=d,
+            v_head_dim=dv,
+            layer_types=["full_attention"] * m.layers,
+            mlp_layer_types=["dense"] * m.layers,
+            attention_value_scale=None,
+            rope_parameters={"full_attention": rope},
+        )
+    if dv != m.head_dim or m.rotary_dims is not None:
+        raise NotImplementedError(f"model.family {m.family} has no v_head_dim and no rotary_dims of its own")
+    if m.family == "hybrid":
+        windowed = [int((i + 1) % m.global_every != 0) for i in range(m.layers)]
+        return transformers.SmolLM3Config(
+            **shape,
+            head_dim=m.head_dim,
+            no_rope_layers=windowed,
+            use_sliding_window=True,
+            sliding_window=m.window,
+            layer_types=["sliding_attention" if w else "full_attention" for w in windowed],
+            rope_parameters=rope,
+        )
+    if at.kind == "narrow":
+        raise NotImplementedError("model.family qwen3 has one head_dim for q, k and v; use family rotary for narrow")
+    return transformers.Qwen3Config(**shape, head_dim=m.head_dim, rope_parameters=rope)
+
+
+def build_model(recipe: Recipe, vocab_size: int) -> Any:
+    """A fresh Transformers model whose layers attend as the recipe says.
+
+    Example:
+        >>> from flash_sfa.train.models import build_model
+        >>> from flash_sfa.train.recipe import build_recipe
+        >>> shape = {"layers": 1, "width": 32, "heads": 2, "head_dim": 16, "context": 64}
+        >>> model = build_model(build_recipe({"model": shape, "train": {"tokens": 65536}}), 100)
+        >>> model.config.vocab_size
+        128
+    """
+    import transformers
+
+    attention.register()
+    config = make_config(recipe, vocab_size)
+    at = recipe.attention
+    if at.kind == "sfa":
+        layers = [i for i, _ in enumerate(range(recipe.model.layers)) if _chosen(config, i)]
+        config.sfa = {"topk": [at.topk_q, at.topk_k], "dense_dims": at.dense_dims, "layers": layers}
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    if model.config._attn_implementation != attention.NAME:
+        raise NotImplementedError(f"{type(model).__name__} does not take a registered attention function")
+    for module in attention_modules(model):
+        module.sfa_train = (
+            LayerAttention(
+                kind=at.kind,
+                qk_dim=at.qk_dim,
+                topk_q=at.topk_q,
+                topk_k=at.topk_k,
+                dense_dims=tuple(range(at.dense_dims)),
+                path=at.path,
+            )
+            if _chosen(config, module.layer_idx)
+            else LayerAttention()
+        )
+    return model
+
+
+def _chosen(config: Any, layer: int) -> bool:
+    """Whether the recipe's attention applies to this layer: all layers, or the global ones of a hybrid."""
+    return config.model_type != "smollm3" or not config.no_rope_layers[layer]
+
+
+def attention_modules(model: nn.Module) -> list[Any]:
+    """The attention modules in layer order."""
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+
+
+def count_parameters(model: Any, recipe: Recipe) -> tuple[int, int]:
+    """(all, without embeddings and positions); parameters that no output depends on are left out of both.
+
+    Those are the query and key columns beyond qk_dim that a fused projection still has.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    embeddings = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    dead = 0
+    at, m = recipe.attention, recipe.model
+    if at.kind == "narrow" and at.qk_dim is not None and m.family != "rotary":
+        per_feature = m.width + (1 if m.family == "gpt2" else 0)
+        heads = m.heads + (m.kv_heads or m.heads)
+        chosen = sum(x.sfa_train.kind == "narrow" for x in attention_modules(model))
+        dead = chosen * heads * (m.head_dim - at.qk_dim) * per_feature
+    return total - dead, total - dead - embeddings

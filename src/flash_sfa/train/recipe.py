@@ -1,0 +1,266 @@
+"""Recipes: small YAML files that name one experiment each."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+FAMILIES = ("gpt2", "rotary", "hybrid", "qwen3")
+KINDS = ("dense", "narrow", "sfa")
+PATHS = ("mask", "op")
+
+
+@dataclass
+class ModelSpec:
+    """Shape of the model.
+
+    family: "gpt2" (GPT-2, learned absolute positions), "rotary" (MiMo-V2 attention: own v_head_dim, the first
+    rotary_dims features rotate), "hybrid" (SmolLM3: windowed RoPE layers, every global_every-th layer global
+    and without positions), "qwen3" (Qwen3 with query/key norms).
+    """
+
+    family: str = "rotary"
+    layers: int = 8
+    width: int = 384
+    heads: int = 6
+    kv_heads: int | None = None
+    head_dim: int = 64
+    v_head_dim: int | None = None
+    mlp: int | None = None
+    rotary_dims: int | None = None
+    rope_theta: float = 10000.0
+    context: int = 1024
+    window: int = 256
+    global_every: int = 4
+    vocab_multiple: int = 64
+
+
+@dataclass
+class AttentionSpec:
+    """How q and k are used: see ``flash_sfa.train.attention.LayerAttention``.
+
+    dense_dims counts the always-on features from the first on. In the "hybrid" family kind applies to the
+    global
+    layers only, the others stay dense.
+    """
+
+    kind: str = "dense"
+    qk_dim: int | None = None
+    topk_q: int | None = None
+    topk_k: int | None = None
+    dense_dims: int = 0
+    path: str = "mask"
+
+
+@dataclass
+class DataSpec:
+    """Token data sets, as folders below root (made by ``flash-sfa prepare``)."""
+
+    root: str = "data"
+    train: list[str] = field(default_factory=lambda: ["train"])
+    val: dict[str, str] = field(default_factory=dict)
+    test: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class TrainSpec:
+    """The run: tokens seen, rows a step, learning rate and the like. max_seconds 0 = no limit."""
+
+    tokens: int = 42_000_000
+    batch: int = 32
+    micro_batch: int | None = None
+    lr: float = 1.5e-3
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    floor: float = 0.1
+    decay: float = 0.2
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    clip: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    bf16: bool = True
+    compile: bool = True
+    save_every: int = 0
+    save_last: bool = False
+    log_every: int = 20
+    max_seconds: float = 0.0
+
+
+@dataclass
+class EvalSpec:
+    """Evaluation: rows a batch, tokens a source at most (0 = all), points of the curve, and bits of K to try.
+
+    save_qkv keeps q, k, v of a few heads on held-out text in qkv.pt, as trained input for benchmarks.
+    """
+
+    batch: int = 16
+    tokens: int = 0
+    curve_points: int = 8
+    curve_tokens: int = 65536
+    k_bits: list[int] = field(default_factory=list)
+    statistics: bool = True
+    save_qkv: bool = False
+
+
+@dataclass
+class Recipe:
+    """One experiment."""
+
+    name: str = "recipe"
+    model: ModelSpec = field(default_factory=ModelSpec)
+    attention: AttentionSpec = field(default_factory=AttentionSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    eval: EvalSpec = field(default_factory=EvalSpec)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply ``section.key=value`` overrides (values are YAML).
+
+    A recipe may begin with ``base: other.yaml`` (relative to itself): it then only says what differs. Its
+    name is the file's stem unless given.
+
+    Raises:
+        ValueError: a missing file, YAML that does not parse, an unknown key, a value of the wrong type, or a
+            combination that cannot be trained.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from flash_sfa.train.recipe import load_recipe
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "tiny.yaml"
+        >>> _ = file.write_text("model: {layers: 2}")
+        >>> load_recipe(file, ["attention.kind=sfa", "attention.topk_k=8"]).attention.topk_k
+        8
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        tree = _read_tree(path)
+        for override in overrides or []:
+            name, equals, text = override.partition("=")
+            if not equals:
+                raise ValueError(f"an override must read section.key=value, got {override!r}")
+            at = tree
+            *sections, last = name.split(".")
+            for section in sections:
+                at = at.setdefault(section, {})
+                if not isinstance(at, dict):
+                    raise ValueError(f"{override!r}: {section!r} is no section")
+            at[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return build_recipe(tree)
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"the recipe {path} does not exist")
+    tree = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping")
+    base = tree.pop("base", None)
+    tree.setdefault("name", path.stem)
+    return _merge(_read_tree(path.parent / base), tree) if base else tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if nested else value
+    return out
+
+
+def build_recipe(tree: dict[str, Any]) -> Recipe:
+    """A checked recipe from nested dicts; errors as in ``load_recipe``."""
+    recipe: Recipe = _fill(Recipe, tree, "recipe")
+    _check(recipe)
+    return recipe
+
+
+def _fill(cls: Any, tree: Any, where: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where} must be a mapping, got {tree!r}")
+    hints = get_type_hints(cls)
+    unknown = sorted(set(tree) - set(hints))
+    if unknown:
+        raise ValueError(f"{where} has unknown keys {unknown}; allowed: {sorted(hints)}")
+    return cls(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in tree.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _fill(hint, value, where)
+    if hint in (list[str], dict[str, str], list[int]):
+        shape = dict if hint == dict[str, str] else list
+        if not isinstance(value, shape):
+            raise ValueError(f"{where} must be a {shape.__name__}, got {value!r}")
+        return value
+    allowed = get_args(hint) or (hint,)
+    if float in allowed and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML reads 1e-3 as text
+        except ValueError as error:
+            raise ValueError(f"{where} must be a number, got {value!r}") from error
+    if int in allowed and isinstance(value, (float, str)):
+        try:
+            whole = float(value)
+        except ValueError as error:
+            raise ValueError(f"{where} must be an integer, got {value!r}") from error
+        if whole != int(whole):
+            raise ValueError(f"{where} must be an integer, got {value!r}")
+        value = int(whole)
+    if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
+        raise ValueError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    return value
+
+
+def _check(recipe: Recipe) -> None:
+    from .schedule import SCHEDULES
+
+    model, at, train = recipe.model, recipe.attention, recipe.train
+    for value, allowed, name in (
+        (model.family, FAMILIES, "model.family"),
+        (at.kind, KINDS, "attention.kind"),
+        (at.path, PATHS, "attention.path"),
+        (train.schedule, SCHEDULES, "train.schedule"),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    for name in (
+        "layers",
+        "width",
+        "heads",
+        "head_dim",
+        "context",
+        "window",
+        "global_every",
+        "vocab_multiple",
+    ):
+        if getattr(model, name) < 1:
+            raise ValueError(f"model.{name} must be at least 1, got {getattr(model, name)}")
+    if train.batch < 1 or train.batch % (train.micro_batch or train.batch):
+        raise ValueError(f"train.batch={train.batch} must be a multiple of train.micro_batch={train.micro_batch}")
+    if train.tokens < train.batch * model.context:
+        raise ValueError(f"train.tokens={train.tokens} is less than one step, {train.batch * model.context}")
+    if at.kind == "sfa":
+        if at.topk_k is None and at.topk_q is None:
+            raise ValueError("attention.kind sfa needs attention.topk_k or attention.topk_q")
+        for name in ("topk_q", "topk_k"):
+            value = getattr(at, name)
+            if value is not None and value < 1:
+                raise ValueError(f"attention.{name} must be at least 1, got {value}")
+        if not 0 <= at.dense_dims < model.head_dim:
+            raise ValueError(f"attention.dense_dims must lie in [0, {model.head_dim}), got {at.dense_dims}")
+        if recipe.eval.k_bits:
+            raise ValueError("eval.k_bits rounds dense keys; attention.kind sfa stores codes")
+    elif at.topk_q is not None or at.topk_k is not None or at.dense_dims:
+        raise ValueError(f"attention.kind {at.kind!r} takes no topk_q, topk_k or dense_dims")
+    if (at.kind == "narrow") != (at.qk_dim is not None):
+        raise ValueError("attention.qk_dim belongs to attention.kind narrow, and narrow needs it")
+    if at.qk_dim is not None and not 1 <= at.qk_dim <= model.head_dim:
+        raise ValueError(f"attention.qk_dim must lie in [1, {model.head_dim}], got {at.qk_dim}")

@@ -1,0 +1,486 @@
+"""Shards, recipes, schedules, the top-k mask, training and its resume, on tiny models."""
+
+import importlib.util
+import json
+import lzma
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flash_sfa import sfa_attention, topk_sparsify
+from flash_sfa.train import models
+from flash_sfa.train.attention import keep_topk, key_bytes, quantize_keys, topk_mask
+from flash_sfa.train.prepare import load_tokenizer, prepare, read_pieces, wikitext_rows
+from flash_sfa.train.pretrain import _save, evaluate, mean_loss, pretrain, token_losses
+from flash_sfa.train.recipe import build_recipe, load_recipe
+from flash_sfa.train.schedule import learning_rate
+from flash_sfa.train.shards import BlockOrder, open_shards, write_index
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAKESPEARE = ROOT / "src/flash_sfa/data/tinyshakespeare.txt"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = ByteLevelBPETokenizer()
+    text = SHAKESPEARE.read_text()[:60000]
+    tokenizer.train_from_iterator(
+        text.split("\n\n"), vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.save_model(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "plays.txt.xz"
+    text = SHAKESPEARE.read_text()[:120000]
+    documents = [text[i : i + 30000] for i in range(0, len(text), 30000)]
+    with lzma.open(path, "wt", encoding="utf-8") as stream:
+        stream.write("\n<|endoftext|>\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, text_file: Path) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    prepare([text_file], tokenizer_dir, root / "train", quiet=True)
+    return root
+
+
+def tiny(data_root: Path, **sections: dict) -> dict:
+    tree: dict = {
+        "model": {"layers": 1, "width": 32, "heads": 2, "head_dim": 16, "context": 32, "rotary_dims": 4},
+        "attention": {"kind": "sfa", "topk_k": 3, "dense_dims": 4},
+        "data": {"root": str(data_root), "train": ["train"], "val": {"plays": "train"}},
+        "train": {
+            "tokens": 32 * 8 * 12,
+            "batch": 8,
+            "lr": 3e-3,
+            "bf16": False,
+            "compile": False,
+            "device": "cpu",
+        },
+        "eval": {"tokens": 512, "curve_points": 1, "curve_tokens": 128},
+    }
+    tree["train"]["log_every"] = 1
+    for name, values in sections.items():
+        tree[name] = {**tree[name], **values}
+    return tree
+
+
+# --- shards
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_shard_file_is_raw_little_endian(data_root: Path, tokenizer_dir: Path, text_file: Path) -> None:
+    index = json.loads((data_root / "train/index.json").read_text())
+    raw = np.frombuffer((data_root / "train/00000.bin").read_bytes(), dtype="<u2")
+    tokenizer, eos, _ = load_tokenizer(tokenizer_dir)
+    documents = lzma.decompress(text_file.read_bytes()).decode().split("\n<|endoftext|>\n")
+    assert len(documents) == 4
+    expected: list[int] = []
+    for i, document in enumerate(documents):
+        last = i == len(documents) - 1
+        expected += ([eos] if i else []) + tokenizer.encode(document + ("" if last else "\n")).ids
+    assert raw.tolist() == expected
+    assert index["dtype"] == "uint16" and index["documents"] == 4 and index["tokens"] == len(expected)
+    assert open_shards([data_root / "train"]).vocab_size == 400
+
+
+def test_pieces_tokenise_like_the_whole(tokenizer_dir: Path) -> None:
+    tokenizer, _, _ = load_tokenizer(tokenizer_dir)
+    text = SHAKESPEARE.read_text()[:20000] + "\n\n\n  indented\n\tand tabs \n\nend  \nx\n"
+    whole = tokenizer.encode(text).ids
+    pieces = list(read_pieces(text.splitlines(keepends=True), limit=50))
+    assert len(pieces) > 100 and "".join(piece for piece, _ in pieces) == text
+    assert [fresh for _, fresh in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [i for piece, _ in pieces for i in tokenizer.encode(piece).ids] == whole
+
+
+def test_empty_documents_are_dropped() -> None:
+    lines = ["<|endoftext|>\n", "a\n", "<|endoftext|>\n", "<|endoftext|>\n", "b"]
+    assert list(read_pieces(lines)) == [("a\n", True), ("b", True)]
+
+
+def test_wikitext_rows() -> None:
+    assert "".join(wikitext_rows([" \n", " = T = \n", " \n", " x \n"])) == "\n\n = T = \n\n\n\n\n x \n"
+
+
+@pytest.mark.parametrize("shard_tokens", [1000, 1 << 20])
+def test_prepare_resumes_to_the_same_bytes(
+    tmp_path: Path, tokenizer_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, shard_tokens: int
+) -> None:
+    from flash_sfa.train import prepare as module
+
+    monkeypatch.setattr(module, "BATCH_CHARS", 1)
+    texts = [text_file, text_file]
+    prepare(texts, tokenizer_dir, tmp_path / "whole", shard_tokens=shard_tokens, quiet=True)
+
+    real, calls = module._append, []
+
+    def dies(*args: object) -> None:
+        real(*args)  # type: ignore[arg-type]
+        calls.append(1)
+        if len(calls) in (3, 6):
+            raise KeyboardInterrupt  # after the bytes, before the state is saved
+
+    monkeypatch.setattr(module, "_append", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(texts, tokenizer_dir, tmp_path / "killed", shard_tokens=shard_tokens, quiet=True)
+        with pytest.raises(ValueError, match="no index"):
+            open_shards([tmp_path / "killed"])
+    prepare(texts, tokenizer_dir, tmp_path / "killed", shard_tokens=shard_tokens, quiet=True)
+    assert len(calls) > 6
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "killed").iterdir())
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    with pytest.raises(ValueError, match="other arguments"):
+        prepare(texts[:1], tokenizer_dir, tmp_path / "whole", shard_tokens=shard_tokens, quiet=True)
+
+
+def test_reads_across_shards(tmp_path: Path) -> None:
+    for folder, sizes, start in (("a", [5, 7], 0), ("b", [4], 12)):
+        (tmp_path / folder).mkdir()
+        shards = []
+        for i, size in enumerate(sizes):
+            np.arange(start, start + size).astype("<u4").tofile(tmp_path / folder / f"{i:05d}.bin")
+            shards.append((f"{i:05d}.bin", size))
+            start += size
+        write_index(tmp_path / folder, shards, vocab_size=70000, eos=0, documents=1)
+    data = open_shards([tmp_path / "a", tmp_path / "b"])
+    assert data.tokens == 16
+    for first in range(16):
+        for count in range(16 - first + 1):
+            assert data.read(first, count).tolist() == list(range(first, first + count))
+    with pytest.raises(ValueError, match="16"):
+        data.read(10, 7)
+    (tmp_path / "b/00000.bin").write_bytes(b"123")
+    with pytest.raises(ValueError, match="bytes"):
+        open_shards([tmp_path / "b"])
+
+
+def test_block_order_covers_each_epoch_once_and_is_a_function_of_the_row() -> None:
+    order = BlockOrder(1000, 10, seed=3)
+    rows = order.starts(0, 2 * order.per_epoch)
+    first, second = rows[: order.per_epoch], rows[order.per_epoch :]
+    assert order.per_epoch == 99
+    for epoch in (first, second):
+        assert np.array_equal(np.diff(sorted(epoch)), np.full(98, 10)) and max(epoch) + 11 <= 1001
+    assert first != second
+    assert BlockOrder(1000, 10, seed=3).starts(120, 30) == rows[120:150]
+    assert BlockOrder(1000, 10, seed=4).starts(0, 99) != first
+
+
+# --- schedule and recipes
+# -------------------------------------------------------------------------------------
+
+
+def test_schedules() -> None:
+    common = {"total": 100, "peak": 2.0, "warmup": 10, "floor": 0.1}
+    cosine = [learning_rate(s, **common) for s in range(101)]
+    assert cosine[0] == pytest.approx(0.2) and cosine[9] == pytest.approx(2.0) and cosine[100] == pytest.approx(0.2)
+    assert cosine[55] == pytest.approx(1.1) and all(a >= b for a, b in pairwise(cosine[9:]))
+    wsd = [learning_rate(s, schedule="wsd", decay=0.2, **common) for s in range(101)]
+    assert wsd[10:81] == pytest.approx([2.0] * 71) and wsd[90] == pytest.approx(1.1) and wsd[100] == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="linear"):
+        learning_rate(0, schedule="linear", **common)
+
+
+def test_recipes_in_the_repository_load() -> None:
+    import yaml
+
+    files = [f for f in ROOT.glob("recipes/**/*.yaml") if f.name != "queue.yaml"]
+    assert len(files) >= 5
+    for file in files:
+        load_recipe(file)
+    for queue in ROOT.glob("recipes/**/queue.yaml"):
+        for entry in yaml.safe_load(queue.read_text()):
+            sets = [f"{key}={json.dumps(value)}" for key, value in entry.get("set", {}).items()]
+            recipe = load_recipe(queue.parent / entry["recipe"], sets)
+            models.make_config(recipe, 50257)
+
+
+def test_recipe_base_and_overrides(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {layers: 2, width: 64}\ntrain: {lr: 1e-3}")
+    (tmp_path / "one.yaml").write_text("base: base.yaml\nmodel: {layers: 3}")
+    recipe = load_recipe(tmp_path / "one.yaml", ["train.tokens=1e6", "model.heads=4"])
+    assert (recipe.name, recipe.model.layers, recipe.model.width, recipe.model.heads) == ("one", 3, 64, 4)
+    assert recipe.train.lr == 1e-3 and recipe.train.tokens == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"modle": {}}, "modle"),
+        ({"model": {"family": "bert"}}, "gpt2"),
+        ({"model": {"layers": 1.5}}, "integer"),
+        ({"model": {"layers": True}}, "layers"),
+        ({"attention": {"kind": "sfa"}}, "topk_k"),
+        ({"attention": {"kind": "dense", "topk_k": 4}}, "takes no"),
+        ({"attention": {"kind": "narrow"}}, "qk_dim"),
+        ({"attention": {"kind": "sfa", "topk_k": 0}}, "at least 1"),
+        ({"train": {"batch": 8, "micro_batch": 3}}, "micro_batch"),
+        ({"train": {"tokens": 5}}, "one step"),
+    ],
+)
+def test_bad_recipes_say_why(tree: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_recipe(tree)
+
+
+# --- the mask
+# -------------------------------------------------------------------------------------------------
+
+
+def rows_with_ties(dtype: torch.dtype, d: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(d)
+    x = (torch.randn(48, 3, d, generator=generator) * 4).round().div(4).to(dtype)
+    x[0, 0, 5] = x[0, 0, d - 2] = float("nan")
+    x[1] = 0
+    x[2, :, 3] = -0.0
+    x[3, :, 7], x[4, :, 9] = float("inf"), -float("inf")
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("d", [16, 64, 300])
+@pytest.mark.parametrize("dense_dims", [(), (0, 1, 2, 3), (5, 9)])
+def test_mask_selects_like_topk_sparsify(dtype: torch.dtype, d: int, dense_dims: tuple[int, ...]) -> None:
+    x = rows_with_ties(dtype, d)
+    for topk in (1, 3, 8, 33, d):
+        mask = topk_mask(x, topk, dense_dims)
+        width = min(topk, d - len(dense_dims)) + len(dense_dims)
+        assert torch.equal(mask.sum(-1), torch.full(x.shape[:-1], width))
+        ours, codes = keep_topk(x, topk, dense_dims), topk_sparsify(x, topk, dense_dims=dense_dims)
+        assert torch.equal(ours.nan_to_num(99.0), codes.to_dense().nan_to_num(99.0))
+
+
+def test_mask_gradient_is_straight_through() -> None:
+    x = torch.randn(6, 16, requires_grad=True)
+    weight = torch.randn(6, 16)
+    (keep_topk(x, 3, (0,)) * weight).sum().backward()
+    assert torch.equal(x.grad, weight * topk_mask(x.detach(), 3, (0,)))
+
+
+def test_mask_path_equals_the_op(data_root: Path) -> None:
+    for family, extra in (("rotary", {}), ("hybrid", {"rotary_dims": None, "window": 8, "global_every": 1})):
+        tree = tiny(data_root, model={"family": family, **extra}, attention={"topk_q": 5})
+        outs = {}
+        for path in ("mask", "op"):
+            tree["attention"]["path"] = path
+            torch.manual_seed(0)
+            model = models.build_model(build_recipe(tree), 100)
+            ids = torch.randint(0, 100, (2, 33), generator=torch.Generator().manual_seed(1))
+            loss = token_losses(model, ids[:, :-1], ids[:, 1:], False)
+            loss.mean().backward()
+            outs[path] = (loss.detach(), [p.grad for p in model.parameters() if p.grad is not None])
+        assert torch.allclose(outs["mask"][0], outs["op"][0], atol=1e-5)
+        for a, b in zip(outs["mask"][1], outs["op"][1], strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "rotary", "hybrid", "qwen3"])
+@pytest.mark.parametrize("kind", ["dense", "narrow", "sfa"])
+def test_attention_by_the_formula(data_root: Path, family: str, kind: str) -> None:
+    """One layer's output against float64 sfa_attention on what entered top-k, and no look into the future."""
+    if family == "qwen3" and kind == "narrow":
+        with pytest.raises(NotImplementedError, match="narrow"):
+            models.make_config(build_recipe({"model": {"family": family}, "attention": {"kind": kind, "qk_dim": 8}}), 9)
+        return
+    attention = {"dense": {}, "narrow": {"qk_dim": 6}, "sfa": {"topk_k": 3, "topk_q": 4}}[kind]
+    tree = tiny(data_root, model={"family": family, "rotary_dims": None, "global_every": 1})
+    tree["attention"] = {"kind": kind, **attention}
+    torch.manual_seed(0)
+    model = models.build_model(build_recipe(tree), 100).eval()
+    module = models.attention_modules(model)[0]
+    ids = torch.randint(0, 100, (2, 32))
+    seen: list[torch.Tensor] = []
+    projection = module.c_proj if family == "gpt2" else module.o_proj
+    projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    at = module.sfa_train
+    assert at.kind == kind
+    at.captured = []
+    with torch.no_grad():
+        before = token_losses(model, ids[:, :-1], ids[:, 1:], False)
+    q, k, v = (x.transpose(1, 2).double() for x in at.captured[0])
+    if kind == "narrow":
+        assert q.shape[-1] == 6
+    topk = {"dense": q.shape[-1], "narrow": q.shape[-1], "sfa": (4, 3)}[kind]
+    scale = 6**-0.5 if kind == "narrow" else 16**-0.5
+    expected = sfa_attention(q, k, v, topk=topk, causal=True, softmax_scale=scale, impl="reference")
+    assert torch.allclose(seen[0].double(), expected.flatten(2), atol=1e-5)
+    at.captured = None
+    changed = ids.clone()
+    changed[:, 20:] = 7
+    with torch.no_grad():
+        after = token_losses(model, changed[:, :-1], ids[:, 1:], False)
+    assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 21:], after[:, 21:])
+
+
+def test_parameters_of_the_narrow_rival(data_root: Path) -> None:
+    counts = {}
+    for family in ("gpt2", "rotary"):
+        tree = tiny(data_root, model={"family": family, "rotary_dims": None})
+        tree["attention"] = {"kind": "narrow", "qk_dim": 6}
+        recipe = build_recipe(tree)
+        counts[family] = models.count_parameters(models.build_model(recipe, 100), recipe)[1]
+    # rotary: q, k of 2 heads x 6, v and o of 32, mlp 85, three norms
+    assert counts["rotary"] == 2 * 32 * 12 + 2 * 32 * 32 + 3 * 32 * 85 + 3 * 32
+    # gpt2: the same with biases, mlp 128 twice, three norms with bias
+    assert counts["gpt2"] == 33 * (12 + 12 + 32) + 33 * 32 + 33 * 128 + 129 * 32 + 6 * 32
+
+
+def test_quantized_keys() -> None:
+    k = torch.randn(2, 3, 100, 8)
+    for bits in (8, 4, 2):
+        rounded = quantize_keys(k, bits)
+        for group in (slice(0, 64), slice(64, 100)):
+            x, r = k[:, :, group], rounded[:, :, group]
+            step = (x.amax(2) - x.amin(2)) / (2**bits - 1)
+            assert ((x - r).abs().amax(2) <= step / 2 + 1e-6).all()
+            assert max(len(r[0, 0, :, f].unique()) for f in range(8)) <= 2**bits
+    at = models.LayerAttention(k_bits=4)
+    assert key_bytes(64, at) == 32 + 4
+    assert key_bytes(64, models.LayerAttention("sfa", topk_k=8, dense_dims=(0, 1, 2, 3))) == 24 + 8
+    assert (
+        key_bytes(64, models.LayerAttention("narrow", qk_dim=16)) == 32
+        and key_bytes(64, models.LayerAttention()) == 128
+    )
+
+
+# --- training
+# -------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_counts_every_token_once(data_root: Path) -> None:
+    recipe = build_recipe(tiny(data_root))
+    data = open_shards([data_root / "train"])
+    model = models.build_model(recipe, data.vocab_size).eval()
+    total, count = evaluate(model, data, context=32, batch=3, device="cpu", bf16=False, limit=100)
+    expected = 0.0
+    for start in (0, 32, 64, 96):
+        row = torch.from_numpy(data.read(start, min(33, 100 - start)))[None]
+        with torch.no_grad():
+            expected += float(token_losses(model, row[:, :-1], row[:, 1:], False).sum())
+    assert count == 99 and total == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_learns_and_leaves_a_row(data_root: Path, tmp_path: Path) -> None:
+    row = pretrain(
+        build_recipe(tiny(data_root, train={"tokens": 32 * 8 * 60}, eval={"save_qkv": True})),
+        tmp_path,
+        quiet=True,
+    )
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [e["loss"] for e in entries if "loss" in e]
+    assert len(losses) == 60 and losses[0] > 5.5 and row["loss"] < 4.9
+    assert row["loss"] == pytest.approx(np.mean(losses[57:])) and row["complete"]
+    assert row["k_bytes"] == 3 * 3 + 2 * 4 and row["cache_bytes"] == 2 * (17 + 32)
+    assert 1 < row["val"]["plays"] < 200 and row["codes"]["overlap"] == 1.0 and 0 < row["codes"]["balance_k"] <= 1
+    assert json.loads((tmp_path / "row.json").read_text()) == json.loads(json.dumps(row))
+    qkv = torch.load(tmp_path / "qkv.pt")
+    assert qkv[0]["q"].shape == (32, 2, 16)
+
+
+def test_resume_matches_an_uninterrupted_run(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = build_recipe(tiny(data_root, train={"save_every": 4, "schedule": "wsd"}))
+    whole = pretrain(recipe, tmp_path / "whole", quiet=True)
+
+    def save_and_die(path: Path, state: dict) -> None:
+        _save(path, state)
+        if state["step"] == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flash_sfa.train.pretrain._save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(recipe, tmp_path / "killed", quiet=True)
+    with (tmp_path / "killed/log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 9, "loss": 0.0}) + "\n")  # written after the last checkpoint
+    resumed = pretrain(recipe, tmp_path / "killed", quiet=True)
+
+    def curve(folder: str) -> list[tuple]:
+        lines = map(json.loads, (tmp_path / folder / "log.jsonl").read_text().splitlines())
+        return [(e["step"], e.get("loss"), e.get("lr"), e.get("grad_norm"), e.get("val")) for e in lines]
+
+    assert curve("killed") == curve("whole") and len(curve("whole")) >= 12
+    assert resumed["val"] == whole["val"] and resumed["loss"] == whole["loss"]
+    with pytest.raises(ValueError, match="another recipe"):
+        pretrain(build_recipe(tiny(data_root)), tmp_path / "killed", quiet=True)
+
+
+def test_micro_batches_give_the_same_update(data_root: Path, tmp_path: Path) -> None:
+    losses = []
+    for micro in (8, 2):
+        recipe = build_recipe(tiny(data_root, train={"tokens": 32 * 8 * 4, "micro_batch": micro}))
+        losses.append(pretrain(recipe, tmp_path / str(micro), quiet=True)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_quantised_rivals_are_rows(data_root: Path, tmp_path: Path) -> None:
+    tree = tiny(data_root, train={"tokens": 32 * 8 * 30}, eval={"k_bits": [8, 1]})
+    tree["attention"] = {"kind": "dense"}
+    row = pretrain(build_recipe(tree), tmp_path, quiet=True)
+    eight, one = row["quantized"]
+    assert (eight["k_bytes"], one["k_bytes"], row["k_bytes"]) == (17.0, 3.0, 32)
+    assert abs(eight["val"]["all"] / row["val"]["all"] - 1) < 1e-3
+    assert one["val"]["all"] != row["val"]["all"]
+
+
+def test_scout_runs_a_queue_past_a_failure(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("scout", ROOT / "benchmarks/scout.py")
+    assert spec is not None and spec.loader is not None
+    scout = importlib.util.module_from_spec(spec)
+    sys.modules["scout"] = scout
+    spec.loader.exec_module(scout)
+    import yaml
+
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(data_root)))
+    jobs = [
+        {"name": "bad", "recipe": "tiny.yaml", "set": {"model.heads": 0}},
+        {
+            "name": "one-dense",
+            "recipe": "tiny.yaml",
+            "set": {"attention": {"kind": "dense"}, "eval.k_bits": [4]},
+        },
+        {"name": "two", "recipe": "tiny.yaml"},
+    ]
+    (tmp_path / "queue.yaml").write_text(yaml.safe_dump(jobs))
+    arguments = [
+        str(tmp_path / "queue.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--gpus",
+        "cpu",
+        "--set",
+        "train.seed=1",
+    ]
+    assert scout.main(arguments) == 1
+    rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["one-dense", "two"] and all(row["seed"] == 1 for row in rows)
+    printed = capsys.readouterr().out
+    assert "failed bad: exit 1: ValueError: model.heads" in printed and "one-dense-4bit" in printed
+    assert scout.main([*arguments, "--budget", "0"]) == 0  # finished runs stay, nothing new is begun
+    assert "not started: bad" in capsys.readouterr().out
+    assert len((tmp_path / "out/rows.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "rotary", "hybrid"])
+def test_a_step_is_one_graph(data_root: Path, family: str) -> None:
+    tree = tiny(data_root, model={"family": family, "rotary_dims": None}, attention={"topk_q": 4})
+    model = models.build_model(build_recipe(tree), 100)
+    ids = torch.randint(0, 100, (2, 33))
+    step = torch.compile(mean_loss, fullgraph=True, backend="aot_eager")
+    for bf16 in (False, True):
+        plain, compiled = (f(model, ids[:, :-1], ids[:, 1:], bf16) for f in (mean_loss, step))
+        assert torch.allclose(plain, compiled, atol=1e-3 if bf16 else 1e-6)
