@@ -13,7 +13,7 @@ sequence's length are never read.
 
 import operator
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ from .ops import index_dtype
 
 BLOCK = 128
 _POOLS = ("values", "indices", "dense", "v")
+# Tables and lengths are kept on the host, whatever torch's default device is.
+_HOST: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
 _INT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -109,7 +111,7 @@ class SparseKVCache:
         head_dim: int,
         v_head_dim: int | None = None,
         topk: int,
-        dense_dims: int | Iterable[int] = 0,
+        dense_dims: int | Sequence[int] = 0,
         max_tokens: int,
         page_size: int = 128,
         dtype: torch.dtype = torch.bfloat16,
@@ -167,7 +169,7 @@ class SparseKVCache:
             raise TypeError(f"n must be an int, got {n!r} of type {type(n).__name__}")
         if n < 0:
             raise ValueError(f"n must not be negative, got {n}")
-        return torch.tensor([self._new_id() for _ in range(n)], dtype=torch.int64)
+        return torch.tensor([self._new_id() for _ in range(n)], **_HOST)
 
     def _new_id(self) -> int:
         seq_id = self._next_id
@@ -212,7 +214,7 @@ class SparseKVCache:
     def seq_lengths(self, seq_ids: Any = None, *, layer: int = 0) -> Tensor:
         """Stored tokens of each sequence in a layer, int64 (n,) on the CPU."""
         sequences = self._layers[self._check_layer(layer)].sequences
-        return torch.tensor([sequences[i].length for i in self._check_ids(seq_ids)], dtype=torch.int64)
+        return torch.tensor([sequences[i].length for i in self._check_ids(seq_ids)], **_HOST)
 
     def truncate(self, seq_ids: Any, lengths: Any) -> None:
         """Keep the first lengths[i] tokens of seq_ids[i] in all layers.
@@ -275,9 +277,9 @@ class SparseKVCache:
             return
 
         sequences = [pool.sequences[i] for i in ids]
-        count, start = torch.tensor(counts), torch.tensor([s.length for s in sequences])
-        row = torch.repeat_interleave(torch.arange(len(ids)), count)
-        offset = torch.arange(row.shape[0]) - (count.cumsum(0) - count)[row]
+        count, start = torch.tensor(counts, **_HOST), torch.tensor([s.length for s in sequences], **_HOST)
+        row = torch.repeat_interleave(torch.arange(len(ids), **_HOST), count)
+        offset = torch.arange(row.shape[0], **_HOST) - (count.cumsum(0) - count)[row]
         position = start[row] + offset
 
         rows = rows.map(_flatten_rows) if isinstance(rows, SparseCode) else rows.flatten(0, 1)
@@ -452,15 +454,17 @@ class SparseKVCache:
             where = _index(used, self.device)
             layers.append(
                 {
-                    "lengths": torch.tensor([s.length for s in sequences], dtype=torch.int64),
-                    "tables": torch.tensor([number[p] for s in sequences for p in s.pages], dtype=torch.int32),
+                    "lengths": torch.tensor([s.length for s in sequences], **_HOST),
+                    "tables": torch.tensor(
+                        [number[p] for s in sequences for p in s.pages], dtype=torch.int32, device="cpu"
+                    ),
                     "sums": pool.sums[_index([b for s in sequences for b in s.sums], self.device)],
                     **{name: getattr(pool, name)[where] for name in _POOLS},
                 }
             )
         return {
             "config": self._config(),
-            "seq_ids": torch.tensor(list(self._ids), dtype=torch.int64),
+            "seq_ids": torch.tensor(list(self._ids), **_HOST),
             "next_id": self._next_id,
             "layers": layers,
         }
@@ -614,7 +618,7 @@ def _check_ints(values: Any, name: str, length: int | None = None, *, allow_nega
 
 
 def _index(numbers: Iterable[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(numbers), dtype=torch.int64).to(device)
+    return torch.tensor(list(numbers), **_HOST).to(device)
 
 
 def _flatten_rows(x: Tensor) -> Tensor:
@@ -677,15 +681,15 @@ def _lookup(tables: list[array], unit: int, start: Tensor, row: Tensor, position
     """tables[row][position // unit] for every new token, from the part of the tables at and beyond start."""
     begin = start // unit
     touched = [table[b:] for table, b in zip(tables, begin.tolist())]
-    size = torch.tensor([len(part) for part in touched])
-    flat = torch.tensor([entry for part in touched for entry in part])
+    size = torch.tensor([len(part) for part in touched], **_HOST)
+    flat = torch.tensor([entry for part in touched for entry in part], **_HOST)
     return flat[(size.cumsum(0) - size - begin)[row] + position // unit]
 
 
 def _add_to_sums(sums: Tensor, v: Tensor, sum_of: Tensor, size: Tensor) -> None:
     """sums[sum_of[i]] += the next size[i] rows of v; every block occurs once, so the order is fixed."""
     first = size.cumsum(0) - size
-    inside = torch.arange(int(size.max()))
+    inside = torch.arange(int(size.max()), **_HOST)
     last = v.shape[0] - 1
     # In parts: the wider copy of V stays small however long the append is.
     for part in range(0, sum_of.shape[0], 64):

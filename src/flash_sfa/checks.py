@@ -11,6 +11,8 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLS = ("auto", "reference", "sdpa", "triton", "cuda", "intersect", "cpu")
 NONOVERLAP = ("zero", "drop")
 MAX_DIM = 2**15
+# Longer than any sequence, and position + window stays within int64.
+MAX_WINDOW = 2**40
 
 
 def is_int(value: Any) -> bool:
@@ -95,7 +97,7 @@ def check_window(window_size: Any) -> tuple[int, int]:
         raise TypeError(f"window_size must be a pair of ints (left, right), got {window_size!r}")
     if left < -1 or right < -1:
         raise ValueError(f"window_size entries must be -1 (unlimited) or at least 0, got {window_size!r}")
-    return int(left), int(right)
+    return min(int(left), MAX_WINDOW), min(int(right), MAX_WINDOW)
 
 
 def check_bool(value: Any, name: str) -> bool:
@@ -107,7 +109,8 @@ def check_bool(value: Any, name: str) -> bool:
 def check_real(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
+    # Not math.isfinite: under torch.compile(dynamic=True) a float may be symbolic.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 

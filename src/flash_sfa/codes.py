@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from . import ops
-from .checks import IMPLS, check_choice, check_dense_dims, check_head_dim, check_tensor, check_topk, is_int
+from .checks import IMPLS, MAX_DIM, check_choice, check_dense_dims, check_head_dim, check_tensor, check_topk, is_int
 
 
 class SparseCode:
@@ -165,7 +165,7 @@ def _check_index_values(indices: Tensor, dim: int, dense_dims: tuple[int, ...]) 
         raise ValueError(f"indices must lie in [0, {dim}), got {int(wide.min())} to {int(wide.max())}")
     if bool((wide.diff(dim=-1) < 0).any()):
         raise ValueError("indices must ascend in every row (the last may repeat, with value 0)")
-    if dense_dims and bool(torch.isin(wide, torch.tensor(dense_dims)).any()):
+    if dense_dims and bool(torch.isin(wide, torch.tensor(dense_dims, device=wide.device)).any()):
         raise ValueError(f"indices must not name an always-on feature; dense_dims is {dense_dims}")
 
 
@@ -184,7 +184,7 @@ _pytree.register_pytree_node(SparseCode, _flatten, _unflatten, serialized_type_n
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which x takes part in attention: the autocast dtype where autocast is on."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -259,5 +259,5 @@ def topk_sparsify(x: Tensor, topk: int, *, dense_dims: int | Sequence[int] = 0, 
         raise NotImplementedError(
             f"topk_sparsify has no impl={impl!r}; available: 'auto', 'reference', 'triton' (CUDA)"
         )
-    values, indices, dense = ops.topk(x, topk, list(dims), impl)
+    values, indices, dense = ops.topk(x, min(topk, MAX_DIM), list(dims), impl)
     return SparseCode._make(values, indices, dense, x.shape[-1], dims)

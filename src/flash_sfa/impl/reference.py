@@ -90,24 +90,26 @@ def attention(
     Returns out (b, sq, hq, dv) in v's dtype and lse (b, hq, sq) in fp32 (fp64 for fp64).
     A row that sees nothing gives 0 and lse -inf. A non-finite row spoils only the queries that see it.
     """
-    dtype, acc = v.dtype, torch.float64 if v.dtype == torch.float64 else torch.float32
-    group = q.shape[2] // k.shape[2]
-    q, k, v = (x.to(acc).transpose(1, 2) for x in (q, k, v))
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    device = "cuda" if v.is_cuda else "cpu"
+    with torch.autocast(device, enabled=False):  # the dtype is decided; sums stay in fp32
+        dtype, acc = v.dtype, torch.float64 if v.dtype == torch.float64 else torch.float32
+        group = q.shape[2] // k.shape[2]
+        q, k, v = (x.to(acc).transpose(1, 2) for x in (q, k, v))
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
-    bad_q, bad_k, bad_v = (~x.isfinite() for x in (q, k, v))
-    q, k, v = (x.masked_fill(bad, 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_v)))
-    visible = visible.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    scores = (softmax_scale * (q @ k.transpose(-1, -2))).masked_fill(~visible, -torch.inf)
-    empty = ~visible.any(-1, keepdim=True)
-    lse = scores.logsumexp(dim=-1)
-    probs = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
-    if dropout_p > 0.0:
-        probs = torch.nn.functional.dropout(probs, dropout_p)
-    out = probs @ v
+        bad_q, bad_k, bad_v = (~x.isfinite() for x in (q, k, v))
+        q, k, v = (x.masked_fill(bad, 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_v)))
+        visible = visible.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        scores = (softmax_scale * (q @ k.transpose(-1, -2))).masked_fill(~visible, -torch.inf)
+        empty = ~visible.any(-1, keepdim=True)
+        lse = scores.logsumexp(dim=-1)
+        probs = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
+        if dropout_p > 0.0:
+            probs = torch.nn.functional.dropout(probs, dropout_p)
+        out = probs @ v
 
-    spoiled = bad_q.any(-1) & visible.any(-1) | (visible & bad_k.any(-1)[..., None, :]).any(-1)
-    touched = visible.to(acc) @ bad_v.to(acc) > 0
-    lse = lse.masked_fill(spoiled, torch.nan)
-    out = out.masked_fill(spoiled[..., None] | touched, torch.nan)
-    return out.transpose(1, 2).to(dtype), lse
+        spoiled = bad_q.any(-1) & visible.any(-1) | (visible & bad_k.any(-1)[..., None, :]).any(-1)
+        touched = visible.to(acc) @ bad_v.to(acc) > 0
+        lse = lse.masked_fill(spoiled, torch.nan)
+        out = out.masked_fill(spoiled[..., None] | touched, torch.nan)
+        return out.transpose(1, 2).to(dtype), lse

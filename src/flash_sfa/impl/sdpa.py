@@ -5,7 +5,8 @@ Saved for backward: the codes, v, out and lse; never a dense q or k of a sparse 
 
 The kernels are called through their aten operators because those return the log-sum-exp. They do not take a
 gradient of it. A column appended to v, out and grad_out does: it adds -grad_lse to the row sum
-delta = sum(grad_out * out) that the backward subtracts, and nothing elsewhere.
+delta = sum(grad_out * out) that the backward subtracts, and nothing elsewhere. Calls that cuDNN does not take
+(masks, windows, fp32) go through `blocked` on CUDA.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import ops
+from . import blocked
 from .reference import visible_pairs
 
 aten = torch.ops.aten
@@ -174,12 +176,13 @@ def _forward(
     mask, causal, empty = _visibility(sq, k.shape[1], attn_mask, window, q.device)
     spoiled_lse, spoiled_out, (q, k, v) = _spoiled(q, k, v, mask, causal)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = _fused_forward(q, k, v, mask, causal, scale)
-    if empty is not None:
-        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+    with torch.autocast(q.device.type, enabled=False):  # the dtype is decided; what accumulates stays in fp32
+        out, lse = _fused_forward(q, k, v, mask, causal, scale)
     if spoiled_out is not None and spoiled_lse is not None:
         out = out.masked_fill(spoiled_out[..., None], torch.nan)
         lse = lse.masked_fill(spoiled_lse, torch.nan)
+    if empty is not None:
+        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
     return out.transpose(1, 2), lse
 
 
@@ -197,15 +200,10 @@ def _backward(
     if q.device.type != "cpu" or bool(dead.any()):
         lse = lse.masked_fill(dead, torch.inf)
         out, grad_out = (x.masked_fill(dead[..., None], 0.0) for x in (out, grad_out))
-    dv = v.shape[-1]
-    if grad_lse is not None:
-        if q.device.type == "cpu":
-            out, grad_out = _at_least_fp32(out, grad_out)
-        minus_grad = -grad_lse.masked_fill(dead, 0.0)[..., None].to(out.dtype)
-        v, out = pad(v, (0, 1)), torch.cat([out, minus_grad], -1)
-        grad_out = pad(grad_out, (0, 1), value=1.0)
-    dq, dk, grad_v = _fused_backward(grad_out, q, k, v, out, lse, mask, causal, scale)
-    return dq.transpose(1, 2), dk.transpose(1, 2), grad_v[..., :dv].transpose(1, 2)
+    grad_lse = None if grad_lse is None else grad_lse.masked_fill(dead, 0.0)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv = _fused_backward(grad_out, grad_lse, q, k, v, out, lse, dead, mask, causal, scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _visibility(
@@ -261,8 +259,12 @@ def _pad_to(width: int, *tensors: Tensor) -> list[Tensor]:
     return [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors]
 
 
+def _pad_to_8(*tensors: Tensor) -> list[Tensor]:
+    return [_pad_to(-(-x.shape[-1] // 8) * 8, x)[0] for x in tensors]
+
+
 def _cudnn_fits(q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """cuDNN's kernels take 16-bit floats, causal or full, and widths that are multiples of 8 up to 256."""
+    """cuDNN takes 16-bit floats, causal or full, up to 256 wide; its backward adds a column for grad_lse."""
     return (
         mask is None
         and q.dtype in (torch.float16, torch.bfloat16)
@@ -276,64 +278,43 @@ def _fused_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """q (b, hq, sq, d), k, v (b, hkv, sk, .) -> out (b, hq, sq, dv), lse (b, hq, sq)."""
-    dv, sq = v.shape[-1], q.shape[2]
+    dv, dtype = v.shape[-1], v.dtype
     if q.device.type == "cpu":
         q, k, v = _pad_to(max(q.shape[-1], dv), *_at_least_fp32(q, k, v))
         bias = None if mask is None else _additive(mask, q.dtype)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-    elif _cudnn_fits(q, v, mask):
-        q, k, v = (_pad_to(-(-x.shape[-1] // 8) * 8, x)[0] for x in (q, k, v))
+        return out[..., :dv].to(dtype), lse
+    if _cudnn_fits(q, v, mask):
+        q, k, v = _pad_to_8(q, k, v)
         out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
-    else:
-        q, k, v, bias = _efficient_inputs(q, k, v, mask)
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)[:2]
-        lse = lse[..., :sq]
-    return out[..., :dv], lse.reshape(lse.shape[0], lse.shape[1], sq)
+        return out[..., :dv], lse.reshape(lse.shape[:3])
+    return blocked.forward(q, k, v, mask, causal, scale)
 
 
 def _fused_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, causal: bool, scale: float,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dead: Tensor, mask: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    d, dv, hkv = q.shape[-1], v.shape[-1], k.shape[1]
-    if q.device.type == "cpu":
-        q, k, v, out, grad_out = _pad_to(max(d, dv), *_at_least_fp32(q, k, v, out, grad_out))
+    d, dv, dtype, on_cpu = q.shape[-1], v.shape[-1], q.dtype, q.device.type == "cpu"
+    fits = on_cpu or _cudnn_fits(q, v if grad_lse is None else pad(v, (0, 1)), mask)
+    if not fits:
+        return blocked.backward(grad_out, grad_lse, q, k, v, dead, mask, causal, scale)
+    if on_cpu:
+        q, k, v, out, grad_out = _at_least_fp32(q, k, v, out, grad_out)
+    if grad_lse is not None:
+        v, out = pad(v, (0, 1)), torch.cat([out, -grad_lse[..., None].to(out.dtype)], -1)
+        grad_out = pad(grad_out, (0, 1), value=1.0)
+    if on_cpu:
+        q, k, v, out, grad_out = _pad_to(max(q.shape[-1], v.shape[-1]), q, k, v, out, grad_out)
         bias = None if mask is None else _additive(mask, q.dtype)
         dq, dk, grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
-        return dq[..., :d], dk[..., :d], grad_v[..., :dv]
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    if _cudnn_fits(q, v, mask):
-        q, k, v, out, grad_out = (_pad_to(-(-x.shape[-1] // 8) * 8, x)[0] for x in (q, k, v, out, grad_out))
+    else:
+        q, k, v, out, grad_out = _pad_to_8(q, k, v, out, grad_out)
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
         dq, dk, grad_v = aten._scaled_dot_product_cudnn_attention_backward(
             grad_out.contiguous(), q, k, v, out, lse[..., None].contiguous(), seed, seed, None, None, None,
             q.shape[2], k.shape[2], 0.0, causal, scale=scale,
         )  # fmt: skip
-    else:
-        sq = q.shape[2]
-        q, k, v, bias = _efficient_inputs(q, k, v, mask)
-        out, grad_out = _pad_to(v.shape[-1], out, grad_out)
-        lse = pad(lse, (0, -sq % 32), value=torch.inf).contiguous()
-        dq, dk, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad_out, q, k, v, bias, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
-        )
-        group = q.shape[1] // hkv
-        if group > 1:
-            dk, grad_v = (x.unflatten(1, (hkv, group)).sum(2) for x in (dk, grad_v))
-    return dq[..., :d], dk[..., :d], grad_v[..., :dv]
-
-
-def _efficient_inputs(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Inputs as the memory-efficient kernel wants them: no GQA, widths by 8, the bias rows aligned to 16."""
-    group = q.shape[1] // k.shape[1]
-    q, k, v = (_pad_to(-(-x.shape[-1] // 8) * 8, x)[0] for x in (q, k, v))
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if mask is None:
-        return q, k, v, None
-    sk = k.shape[2]
-    bias = pad(_additive(mask, q.dtype), (0, -sk % 16))[..., :sk]
-    return q, k, v, bias.expand(q.shape[0], q.shape[1], q.shape[2], sk)
+    return dq[..., :d].to(dtype), dk[..., :d].to(dtype), grad_v[..., :dv].to(dtype)

@@ -1,0 +1,121 @@
+"""Every kernel of triton_codes compiles for Ampere, Hopper and Blackwell, without a GPU, without spills.
+
+The launchers run on CPU tensors with the launch itself replaced, so what is compiled is what they would launch.
+The work is done in a process of its own: the interpreter, which other tests use, excludes the compiler.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = 99 * 1024
+
+
+def _calls() -> dict[str, Callable[[Any], object]]:
+    def x(d: int, dtype: torch.dtype = torch.bfloat16, n: int = 4096) -> torch.Tensor:
+        return torch.empty(n, d, dtype=dtype)
+
+    def code(d: int, w: int, r: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+        return x(w, dtype), x(w, torch.uint8 if d <= 256 else torch.int16), x(r, dtype)
+
+    qkv = torch.empty(2, 512, 3, 12, 32, dtype=torch.float16)
+    return {
+        "topk_128_8": lambda t: t.topk(x(128), 8, ()),
+        "topk_96_4_some_short": lambda t: t.topk(x(96, n=5), 4, (5, 1)),
+        "topk_32_8_prefix_transposed": lambda t: t.topk(qkv[:, 1:, 1].transpose(1, 2), 8, (0, 1, 2, 3)),
+        "topk_one_row": lambda t: t.topk(x(64, n=1), 2, ()),
+        "topk_fp32_some": lambda t: t.topk(x(128, torch.float32), 8, (3, 1)),
+        "expand_128_8": lambda t: t.expand(*code(128, 8, 0), 128, ()),
+        "expand_61_7_some": lambda t: t.expand(*code(61, 7, 2), 61, (4, 1)),
+        "gather_fp32_some": lambda t: t.gather(x(128, torch.float32), code(128, 8, 0)[1], (5, 1)),
+    }
+
+
+CALLS = _calls()
+POINTERS = {
+    torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+}  # fmt: skip
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> dict[str, int]:
+    """Shared memory, registers and stack bytes of a launch, specialised as Triton's launcher would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    warps = arguments.pop("num_warps")
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()  # type: ignore[union-attr]
+    return {"shared": built.metadata.shared, "registers": int(registers), "stack": int(stack)}
+
+
+def compile_all() -> dict[str, Any]:
+    from flash_sfa.impl import triton_codes
+
+    results: dict[str, Any] = {}
+    for name, call in CALLS.items():
+        launches = []
+        triton_codes._launch = lambda kernel, n_rows, tile, warps, out=launches, **arguments: out.append(
+            (kernel, arguments | {"n_rows": n_rows, "R": tile, "SHORT": n_rows < tile, "num_warps": warps})
+        )
+        call(triton_codes)
+        for arch in ARCHITECTURES:
+            try:
+                results[f"{name}-{arch}"] = [compiled(kernel, dict(arguments), arch) for kernel, arguments in launches]
+            except Exception as error:
+                results[f"{name}-{arch}"] = f"{type(error).__name__}: {error}"
+    return results
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Any]:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    src = str(Path(__file__).parent.parent / "src")
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (src, env.get("PYTHONPATH")) if p)
+    process = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return dict(json.loads(process.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_spills(name: str, arch: int, built: dict[str, Any]) -> None:
+    kernels = built[f"{name}-{arch}"]
+    assert isinstance(kernels, list), kernels
+    assert len(kernels) == 1
+    for kernel in kernels:
+        assert kernel["stack"] == 0
+        assert kernel["shared"] <= SHARED_LIMIT
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all()))
