@@ -27,7 +27,7 @@ from .checks import (
     check_window,
     is_int,
 )
-from .codes import SparseCode, _codes_impl, autocast_dtype, topk_sparsify
+from .codes import SparseCode, autocast_dtype, topk_sparsify
 from .impl import reference
 from .impl import sdpa as sdpa_impl
 
@@ -473,7 +473,7 @@ def _sdpa(
         parts += [x.values, x.indices, x.dense] if isinstance(x, SparseCode) else [x, None, None]
     return sdpa_impl.sdpa(
         *parts, v, attn_mask, *cu_seqlens, call.dim, list(call.q_side.dense_dims), list(call.k_side.dense_dims),
-        *call.window, call.softmax_scale, _codes_impl(v), call.return_lse,
+        *call.window, call.softmax_scale, "auto", call.return_lse,
     )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Top-k feature codes: what is kept of a query or key row, and how it is stored."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,8 +146,7 @@ class SparseCode:
 
     def to_dense(self) -> Tensor:
         """The rows (..., dim) with zeros at the features that were not kept; differentiable."""
-        impl = _codes_impl(self.values)
-        return ops.expand(self.values, self.indices, self.dense, self.dim, list(self.dense_dims), impl)
+        return ops.expand(self.values, self.indices, self.dense, self.dim, list(self.dense_dims), "auto")
 
     def __repr__(self) -> str:
         return (
@@ -189,24 +187,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _codes_impl(x: Tensor) -> str:
-    """The implementation of topk, expand and gather for this tensor."""
-    if x.device.type == "cuda" and x.dtype != torch.float64 and _triton_missing() is None:
-        return "triton"
-    return "reference"
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _triton_missing() -> str | None:
-    """None if the Triton kernels import here, else the reason."""
-    try:
-        from .impl import triton_codes  # noqa: F401
-    except Exception as error:  # a broken Triton may raise anything
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
 def topk_sparsify(x: Tensor, topk: int, *, dense_dims: int | Sequence[int] = 0, impl: str = "auto") -> SparseCode:
     """Keep the ``topk`` features of largest magnitude in every row of the last dimension.
 
@@ -245,17 +225,15 @@ def topk_sparsify(x: Tensor, topk: int, *, dense_dims: int | Sequence[int] = 0, 
     dims = check_dense_dims(dense_dims, x.shape[-1])
     check_choice(impl, "impl", IMPLS)
     x = x.to(autocast_dtype(x))
-    if impl == "auto":
-        impl = _codes_impl(x)
-    elif impl == "triton":
-        reason = _triton_missing()
+    if impl == "triton":
+        reason = ops.triton_missing()
         if reason is None and x.dtype == torch.float64:
             reason = "float64 is not supported; use impl='reference'"
         if reason is None and x.device.type != "cuda":
             reason = f"it needs a CUDA tensor, x is on {x.device}"
         if reason is not None:
             raise NotImplementedError(f"topk_sparsify with impl='triton': {reason}")
-    elif impl != "reference":
+    elif impl not in ("auto", "reference"):
         raise NotImplementedError(
             f"topk_sparsify has no impl={impl!r}; available: 'auto', 'reference', 'triton' (CUDA)"
         )

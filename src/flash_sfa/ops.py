@@ -4,6 +4,7 @@
 ``topk`` is the straight-through gradient on the selected coordinates, which is ``expand`` again.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,20 @@ def index_dtype(dim: int) -> torch.dtype:
     return torch.uint8 if dim <= 256 else torch.int16
 
 
-def _function(name: str, impl: str) -> Callable[..., Any]:
+@functools.cache
+def triton_missing() -> str | None:
+    """None if the Triton kernels import here, else the reason."""
+    try:
+        from .impl import triton_codes  # noqa: F401
+    except Exception as error:  # a broken Triton may raise anything
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _function(name: str, impl: str, x: Tensor) -> Callable[..., Any]:
+    """topk, expand or gather of an implementation; "auto" takes Triton for CUDA tensors."""
+    if impl == "auto" and x.is_cuda and x.dtype != torch.float64 and triton_missing() is None:
+        impl = "triton"
     if impl == "triton":
         from .impl import triton_codes
 
@@ -28,19 +42,19 @@ def _function(name: str, impl: str) -> Callable[..., Any]:
 @torch.library.custom_op("flash_sfa::topk", mutates_args=())
 def topk(x: Tensor, topk: int, dense_dims: Sequence[int], impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of x -> (values, indices, dense)."""
-    return _function("topk", impl)(x, topk, tuple(dense_dims))
+    return _function("topk", impl, x)(x, topk, tuple(dense_dims))
 
 
 @torch.library.custom_op("flash_sfa::expand", mutates_args=())
 def expand(values: Tensor, indices: Tensor, dense: Tensor, dim: int, dense_dims: Sequence[int], impl: str) -> Tensor:
     """(values, indices, dense) -> rows of ``dim`` features, zero elsewhere; repeated indices add."""
-    return _function("expand", impl)(values, indices, dense, dim, tuple(dense_dims))
+    return _function("expand", impl, values)(values, indices, dense, dim, tuple(dense_dims))
 
 
 @torch.library.custom_op("flash_sfa::gather", mutates_args=())
 def gather(x: Tensor, indices: Tensor, dense_dims: Sequence[int], impl: str) -> tuple[Tensor, Tensor]:
     """Rows of x -> (x at indices, x at dense_dims)."""
-    return _function("gather", impl)(x, indices, tuple(dense_dims))
+    return _function("gather", impl, x)(x, indices, tuple(dense_dims))
 
 
 @topk.register_fake
