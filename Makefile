@@ -15,6 +15,10 @@ else
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 endif
 
+# A venv made from another venv's Python does not see that venv's packages; a .pth file shows them.
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+LINK_SITE = $(PYTHON) -c '$(SITE)' > "$$($(BIN)/python -c '$(SITE)')/system_site.pth"
+
 .PHONY: demo test lint gpu-test clean
 
 demo: $(VENV)/.installed-demo
@@ -34,6 +38,7 @@ gpu-test: $(VENV)/.installed-demo
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found; pass PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(if $(SYSTEM_SITE),$(LINK_SITE))
 
 $(VENV)/.installed-demo: $(BIN)/python $(SOURCES)
 	$(INSTALL) ".[demo]"

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_sfa import SparseCode, select_impl, sfa_attention, topk_sparsify
+from flash_sfa.impl import sdpa
 from grid import GRID, check_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -270,3 +271,24 @@ def test_exact_implementations_accept_tolerance_and_deterministic():
     want = sfa_attention(q, k, v, topk=2)
     for impl in IMPLS:
         torch.testing.assert_close(sfa_attention(q, k, v, topk=2, tolerance=0.5, deterministic=True, impl=impl), want)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3), (3, 2, 1)])
+def test_large_cudnn_backward_goes_by_parts(shape, monkeypatch):
+    """Halving over kv heads or the batch gives every part its own rows, and puts them back in order."""
+    b, hq, hkv = shape
+    q, k, v = rand(b, hq, 5, 8), rand(b, hkv, 5, 8), rand(b, hkv, 5, 8)
+    out, lse, calls = rand(b, hq, 5, 8), rand(b, hq, 5), []
+
+    def kernel(grad_out, q, k, v, out, lse, *args, **kwargs):
+        assert q.shape[1] // k.shape[1] == hq // hkv and lse.shape == (*q.shape[:3], 1)
+        calls.append(q.numel())
+        return q + grad_out + out + lse, 2 * k, 3 * v
+
+    monkeypatch.setattr(
+        sdpa, "aten", type("", (), {"_scaled_dot_product_cudnn_attention_backward": staticmethod(kernel)})
+    )
+    whole = sdpa._cudnn_backward(q, q, k, v, out, lse, True, 1.0)
+    monkeypatch.setattr(sdpa, "_CUDNN_ELEMENTS", q.numel() // 2)
+    parts = sdpa._cudnn_backward(q, q, k, v, out, lse, True, 1.0)
+    assert len(calls) > 2 and all(torch.equal(x, y) for x, y in zip(whole, parts))
