@@ -288,7 +288,7 @@ def test_large_cudnn_backward_goes_by_parts(shape, monkeypatch):
     monkeypatch.setattr(
         sdpa, "aten", type("", (), {"_scaled_dot_product_cudnn_attention_backward": staticmethod(kernel)})
     )
-    whole = sdpa._cudnn_backward(q, q, k, v, out, lse, True, 1.0)
+    whole = sdpa._cudnn_backward([q, q, k, v, out, lse], True, 1.0)
     monkeypatch.setattr(sdpa, "_CUDNN_ELEMENTS", q.numel() // 2)
-    parts = sdpa._cudnn_backward(q, q, k, v, out, lse, True, 1.0)
+    parts = sdpa._cudnn_backward([q, q, k, v, out, lse], True, 1.0)
     assert len(calls) > 2 and all(torch.equal(x, y) for x, y in zip(whole, parts))

@@ -312,21 +312,20 @@ def _fused_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
     else:
-        dq, dk, grad_v = _cudnn_backward(*_pad_to_8(grad_out, q, k, v, out), lse, causal, scale)
+        dq, dk, grad_v = _cudnn_backward([*_pad_to_8(grad_out, q, k, v, out), lse], causal, scale)
     return dq[..., :d].to(dtype), dk[..., :d].to(dtype), grad_v[..., :dv].to(dtype)
 
 
-def _cudnn_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cudnn_backward(tensors: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv from [grad_out, q, k, v, out, lse]."""
+    grad_out, q, k, v, out, lse = tensors
     # Above 2^31 elements of q its dq was wrong in a few hundred places (measured, torch 2.11): go by parts.
     dim = 1 if k.shape[1] > 1 else 0
     if q.numel() > _CUDNN_ELEMENTS and k.shape[dim] > 1:
         first = k.shape[dim] // 2
-        tensors = (grad_out, q, k, v, out, lse)
         cuts = [x.shape[dim] // k.shape[dim] * first for x in tensors]
         halves = zip(*(x.split([cut, x.shape[dim] - cut], dim) for x, cut in zip(tensors, cuts)))
-        parts = [_cudnn_backward(*half, causal, scale) for half in halves]
+        parts = [_cudnn_backward(half, causal, scale) for half in halves]
         dq, dk, dv = (torch.cat(pieces, dim) for pieces in zip(*parts))
         return dq, dk, dv
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
