@@ -86,8 +86,8 @@ def tuned(**options: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 VARIANTS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "network": tuned(),
-    "network_r64_w2": tuned(R=64, warps=2),
-    "network_r128_w4": tuned(R=128, warps=4),
+    "network_again": tuned(SHARED=False),
+    "network_shared": tuned(SHARED=True),
     "select": tuned(kernel="select"),
     "rounds": experiment(_rounds, 32, 4),
     "sorted": experiment(_sorted, 32, 4),

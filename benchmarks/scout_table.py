@@ -11,9 +11,13 @@ def main() -> None:
     for row in rows:
         codes = row.get("codes") or {}
         flat.append((row["name"], row["k_bytes"], row["val"]["all"], row["test"]["wikitext2"], codes))
-        for bits, at in (row.get("quantized") or {}).items():
-            flat.append((f"{row['name']}, K in {bits} bits", at["k_bytes"], at["val"]["all"], at["test"]["wikitext2"], {}))
-    dense = {name.split("-")[0]: ppl for name, _, ppl, _, _ in flat if name.endswith("-dense") and "partial" not in name}
+        for at in row.get("quantized") or []:
+            flat.append(
+                (f"{row['name']}, K in {at['bits']} bits", at["k_bytes"], at["val"]["all"], at["test"]["wikitext2"], {})
+            )
+    dense = {
+        name.split("-")[0]: ppl for name, _, ppl, _, _ in flat if name.endswith("-dense") and "partial" not in name
+    }
     print("| run | K bytes | perplexity | against dense | WikiText-2 | overlap | edges a pair |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name, k_bytes, ppl, wikitext, codes in sorted(flat, key=lambda r: (r[0].split("-")[0], r[2])):
