@@ -163,7 +163,10 @@ def test_codes_as_input():
     want = sfa_attention(q, k, v, topk=(4, 3), dense_dims=2)
     qc, kc = topk_sparsify(q, 4, dense_dims=2), topk_sparsify(k, 3, dense_dims=2)
     assert torch.equal(sfa_attention(qc, kc, v), want)
-    assert torch.equal(sfa_attention(qc, kc, v, topk=(4, 3)), want)
+    assert torch.equal(sfa_attention(qc, kc, v, topk=(4, 3), dense_dims=2), want)
+    for options in ({"topk": 5}, {"topk": (4, 4)}, {"dense_dims": 3}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            sfa_attention(qc, kc, v, **options)
     assert torch.equal(sfa_attention(q, kc, v, topk=4, dense_dims=2), want)
     assert torch.equal(sfa_attention(qc, k, v, topk=(None, 3), dense_dims=2), want)
     torch.testing.assert_close(sfa_attention(q, kc, v), sfa_attention(q, k, v, topk=(None, 3), dense_dims=2))

@@ -395,6 +395,8 @@ def _sides(q: Tensor | SparseCode, k: Tensor | SparseCode, topk: Any, dense_dims
     dims = check_dense_dims(dense_dims, q.shape[-1])
     sides = []
     for x, name, entry in ((q, "q", pair[0]), (k, "k", pair[1])):
+        if isinstance(x, SparseCode) and all(codes) and dims and dims != x.dense_dims:
+            raise ValueError(f"dense_dims={dims} differs from the code {name}, which has dense_dims={x.dense_dims}")
         if not isinstance(x, SparseCode):
             sides.append(_Side(entry, dims if entry is not None else (), False))
             continue
