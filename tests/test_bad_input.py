@@ -45,6 +45,8 @@ BAD_DENSE_DIMS: dict[str, BadCall] = {
     "dense_dims all": ({"dense_dims": 16}, ValueError, ("dense_dims", "all 16")),
     "dense_dims all, named": ({"dense_dims": list(range(16))}, ValueError, ("dense_dims", "all 16")),
     "dense_dims too many": ({"dense_dims": 17}, ValueError, ("dense_dims", "[0, 16)")),
+    "dense_dims huge": ({"dense_dims": 2**62}, ValueError, ("dense_dims", "[0, 16)", str(2**62))),
+    "dense_dims huge, named": ({"dense_dims": range(2**62)}, ValueError, ("dense_dims", "16", str(2**62))),
 }
 
 # Options that both attention functions share.
@@ -85,6 +87,9 @@ BAD_OPTIONS: dict[str, BadCall] = {
     "tolerance None": ({"tolerance": None}, TypeError, ("tolerance", "number", "None")),
     "scale NaN": ({"softmax_scale": float("nan")}, ValueError, ("softmax_scale", "finite", "nan")),
     "scale infinite": ({"softmax_scale": float("inf")}, ValueError, ("softmax_scale", "finite", "inf")),
+    "scale int beyond float": ({"softmax_scale": 10**400}, ValueError, ("softmax_scale", "finite", "float64")),
+    "scale huge negative": ({"softmax_scale": -(10**5000)}, ValueError, ("softmax_scale", "finite", "float64")),
+    "dropout int beyond float": ({"dropout_p": 10**400}, ValueError, ("dropout_p", "float64")),
     "scale tensor": ({"softmax_scale": torch.tensor(0.1)}, TypeError, ("softmax_scale", "number", "Tensor")),
     "scale bool": ({"softmax_scale": True}, TypeError, ("softmax_scale", "number", "True")),
     "causal int": ({"causal": 1}, TypeError, ("causal", "bool", "1")),
@@ -98,6 +103,9 @@ BAD_OPTIONS: dict[str, BadCall] = {
     "q int": ({"q": X.int()}, TypeError, ("q ", "float", "int32")),
     "k bool": ({"k": K > 0}, TypeError, ("k ", "float", "bool")),
     "v long": ({"v": K.long()}, TypeError, ("v ", "float", "int64")),
+    "q sparse": ({"q": X.to_sparse()}, TypeError, ("q ", "strided", "sparse_coo")),
+    "k sparse": ({"k": K.to_sparse()}, TypeError, ("k ", "strided", "sparse_coo")),
+    "v sparse": ({"v": K.to_sparse()}, TypeError, ("v ", "strided", "sparse_coo")),
     "q complex": ({"q": X.to(torch.complex64)}, TypeError, ("q ", "float", "complex64")),
     "dtypes differ": ({"q": X.bfloat16()}, TypeError, ("q, k and v", "dtype", "bfloat16", "float32")),
     "dtype of v differs": ({"v": K.double()}, TypeError, ("q, k and v", "dtype", "float64", "float32")),
@@ -188,7 +196,8 @@ BAD_VARLEN: dict[str, BadCall] = {
 def check(call: Callable[..., Any], good: dict[str, Any], bad: BadCall) -> None:
     replaced, error, words = bad
     arguments = good | replaced
-    before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    before = {name: x.clone() for name, x in tensors.items() if x.layout is torch.strided and not x.is_nested}
     with pytest.raises(error) as raised:
         call(**arguments)
     assert raised.type is error
@@ -237,6 +246,12 @@ BAD_SPARSIFY: dict[str, BadCall] = {
     "x list": ({"x": [1.0, 2.0]}, TypeError, ("x ", "Tensor", "list")),
     "x int": ({"x": X.long()}, TypeError, ("x ", "float", "int64")),
     "x fp8": ({"x": X.to(torch.float8_e4m3fn)}, TypeError, ("x ", "float16", "float8")),
+    "x sparse": ({"x": X.to_sparse()}, TypeError, ("x ", "strided", "sparse_coo")),
+    "x nested": (
+        {"x": torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)},
+        TypeError,
+        ("x ", "strided", "nested"),
+    ),
     "x scalar": ({"x": torch.tensor(1.0)}, ValueError, ("x ", "dimension")),
     "x without features": ({"x": X[..., :0]}, ValueError, ("dimension of x", "0")),
     "x too wide": ({"x": torch.empty(0, 2**15 + 1)}, ValueError, ("dimension of x", "32769")),
@@ -258,6 +273,7 @@ def index(*rows: list[int], dtype: torch.dtype = torch.uint8) -> torch.Tensor:
 BAD_CODE: dict[str, BadCall] = {
     "values list": ({"values": [1.0]}, TypeError, ("values", "Tensor", "list")),
     "values int": ({"values": index([1, 2])}, TypeError, ("values", "float", "uint8")),
+    "values sparse": ({"values": torch.ones(1, 2).to_sparse()}, TypeError, ("values", "strided", "sparse_coo")),
     "values scalar": ({"values": torch.tensor(1.0), "indices": index([1])[0, 0]}, ValueError, ("values", "()")),
     "indices list": ({"indices": [[1, 2]]}, TypeError, ("indices", "uint8", "list")),
     "indices int64": ({"indices": index([1, 2], dtype=torch.int64)}, TypeError, ("indices", "uint8", "int64")),

@@ -1,6 +1,6 @@
 """Argument checks shared by the public functions. Each raises and changes nothing."""
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,8 +48,12 @@ def check_dense_dims(dense_dims: Any, dim: int) -> tuple[int, ...]:
     if is_int(dense_dims):
         if dense_dims < 0:
             raise ValueError(f"dense_dims must not be negative, got {dense_dims}")
+        if dense_dims > dim:
+            raise ValueError(f"dense_dims as an int must lie in [0, {dim}), got {dense_dims}")
         dims: tuple[int, ...] = tuple(range(int(dense_dims)))
     elif isinstance(dense_dims, Sequence) and not isinstance(dense_dims, (str, bytes)):
+        if len(dense_dims) > dim:
+            raise ValueError(f"dense_dims must name fewer features than the {dim} of a row, got {len(dense_dims)}")
         for entry in dense_dims:
             if not is_int(entry):
                 raise TypeError(f"dense_dims must hold ints, got {entry!r} of type {type(entry).__name__}")
@@ -70,6 +74,9 @@ def check_dense_dims(dense_dims: Any, dim: int) -> tuple[int, ...]:
 def check_tensor(x: Any, name: str, *, ndim: int | None = None) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be an ordinary (torch.strided) tensor, got {kind}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if ndim is not None and x.dim() != ndim:
@@ -110,8 +117,9 @@ def check_real(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     # Not math.isfinite: under torch.compile(dynamic=True) a float may be symbolic.
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        shown = value if isinstance(value, float) else "an int beyond the range of float64"
+        raise ValueError(f"{name} must be finite, got {shown}")
     return float(value)
 
 
