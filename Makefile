@@ -1,5 +1,6 @@
-# make demo    train and compare on real text (ARGS="..." are passed on; ARGS=--quick for a fast look)
-# make test    lint, types and the CPU tests
+# make demo      train and compare on real text (ARGS="..." are passed on; ARGS=--quick for a fast look)
+# make test      lint, types and the CPU tests
+# make gpu-test  the GPU tests, on a machine with a CUDA device
 # PYTHON=python3 SYSTEM_SITE=1 uses the packages of that Python (a CUDA torch, say) and installs nothing else.
 
 VENV := .venv
@@ -32,7 +33,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gpu-test: $(VENV)/.installed-demo
+gpu-test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 $(BIN)/python:
