@@ -301,6 +301,156 @@ def test_narrow_rival_is_a_dense_model_on_the_first_features():
     assert torch.equal(generate(model, prompt()), generate(model, prompt(), use_cache=False))
 
 
+def llava(text: hf.PreTrainedConfig | None = None) -> hf.PreTrainedModel:
+    torch.manual_seed(0)
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+        projection_dim=32,
+    )  # fmt: skip
+    config = hf.LlavaConfig(
+        vision_config=vision, text_config=text or hf.LlamaConfig(**SMALL), image_token_index=98, image_seq_length=4,
+        vision_feature_select_strategy="default", pad_token_id=0,
+    )  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config).eval()
+
+
+def image_prompt():
+    inputs = prompt(rows=2, pad=False)
+    inputs["input_ids"][inputs["input_ids"] == 98] = 7
+    inputs["input_ids"][:, 2:6] = 98
+    return inputs | {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))}
+
+
+def state(model):
+    """Every config in use with its attention, and what the instances hold themselves."""
+    return (
+        [(copy.deepcopy(c.to_dict()), c._attn_implementation, dict(vars(c))) for c in sfa_hf._configs(model)],
+        sorted(vars(model)),
+    )
+
+
+@torch.no_grad()
+def test_only_the_language_model_of_a_multimodal_model_changes():
+    model, inputs = llava(), image_prompt()
+    before, dense = state(model), model(**inputs).logits
+    tokens = generate(model, inputs)
+    enable_sfa(model, topk=16)
+    config = model.config
+    assert [c._attn_implementation for c in (config, config.vision_config, config.text_config)] == [
+        "sdpa", "sdpa", "sfa",
+    ]  # fmt: skip
+    assert config.get_text_config().sfa["topk"] == 16 and not hasattr(config.vision_config, "sfa")
+    torch.testing.assert_close(model(**inputs).logits, dense, atol=2e-5, rtol=1e-4)
+    assert torch.equal(generate(model, inputs), tokens)
+
+    enable_sfa(model, topk=2)
+    assert (model(**inputs).logits - dense).abs().max() > 1e-3
+    out = generate(model, inputs, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, SFACache)
+    assert torch.equal(out.sequences, generate(model, inputs, use_cache=False))
+
+    disable_sfa(model)
+    assert state(model) == before
+    assert torch.equal(model(**inputs).logits, dense)
+
+
+def test_disable_restores_a_loaded_setting():
+    model = MODELS["llama"]()
+    model.config.sfa = {"topk": 3}
+    before = state(model)
+    disable_sfa(enable_sfa(enable_sfa(model, **model.config.sfa), topk=5))
+    assert state(model) == before
+
+
+def test_a_failure_half_way_is_rolled_back(monkeypatch):
+    model = llava()
+    before = state(model)
+
+    def switches_and_fails(self, name):
+        for config in (self.config, model.config, model.config.vision_config):
+            config._attn_implementation_internal = name
+        raise NotImplementedError("half way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model.language_model), "set_attn_implementation", switches_and_fails)
+        with pytest.raises(NotImplementedError, match="half way"):
+            enable_sfa(model, topk=4)
+    assert state(model) == before
+    enable_sfa(model, topk=4)
+    enabled = state(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model.language_model), "set_attn_implementation", switches_and_fails)
+        with pytest.raises(NotImplementedError, match="half way"):
+            enable_sfa(model, topk=5)
+    assert state(model) == enabled
+    disable_sfa(model)
+    assert state(model) == before
+
+
+GPTJ = {"vocab_size": 99, "n_embd": 64, "n_layer": 1, "n_head": 2, "rotary_dim": 8}
+REFUSED = {
+    "GPTJ": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**GPTJ)),
+    "GPTJModel": lambda: llava(hf.GPTJConfig(**GPTJ)),
+    "encoder-decoder": lambda: hf.BartForConditionalGeneration(
+        hf.BartConfig(vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                      decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, forced_eos_token_id=None)
+    ),
+    "cross-attention": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)
+    ),
+    "MLA": lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(**SMALL | {"num_hidden_layers": 1, "num_key_value_heads": 4}, first_k_dense_replace=1)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused_models_stay_as_they_are(words):
+    model = REFUSED[words]()
+    before = state(model)
+    with pytest.raises(NotImplementedError, match=words):
+        enable_sfa(model, topk=4)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("model", [None, "llama", torch.nn.Linear(2, 2), torch.nn.Sequential(MODELS["llama"]())])
+def test_what_is_no_model(model):
+    with pytest.raises(TypeError, match=f"model must be .*, got {type(model).__name__}"):
+        enable_sfa(model, topk=4)
+
+
+def mask(*args, **kwargs):
+    return sfa_hf._mask(2, *args, **kwargs)
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_mask_does_not_wait_for_the_device(device):
+    """A meta tensor has no values to look at, and CUDA is told to raise at a synchronisation."""
+    padding = torch.ones(2, 9, dtype=torch.bool, device=device)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        lean = mask(3, 9, q_offset=6, attention_mask=padding)
+        full = mask(3, 9, q_offset=6, attention_mask=padding, local_size=4, device=padding.device)
+        none = mask(3, 9, q_offset=6)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert (lean.shape, lean.dtype, lean.device.type) == ((2, 1, 1, 9), torch.bool, device)
+    assert full.shape == (2, 1, 3, 9)
+    assert none is None
+
+
+def test_lean_masks_on_the_cpu():
+    padding = torch.ones(2, 9, dtype=torch.long)
+    assert mask(3, 9, q_offset=6, attention_mask=padding) is None
+    padding[1, :2] = 0
+    lean = mask(3, 9, q_offset=6, attention_mask=padding)
+    assert torch.equal(lean, padding[:, None, None].bool())
+    # A mask that is shorter than the keys hides the rest of them.
+    assert mask(3, 9, q_offset=6, attention_mask=padding[:, :8].bool()).shape == (2, 1, 3, 9)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "words"),
     [
@@ -310,6 +460,16 @@ def test_narrow_rival_is_a_dense_model_on_the_first_features():
         ({"topk": 4, "dense_dims": 16}, ValueError, "dense_dims"),
         ({"topk": 4, "dense_dims": "rotary"}, ValueError, "rotary"),
         ({"topk": 4, "layers": [2]}, ValueError, "layers"),
+        ({"topk": 4, "layers": [1, 1]}, ValueError, "layers"),
+        ({"topk": 4, "layers": [-1]}, ValueError, "layers"),
+        ({"topk": 4, "layers": range(2**62)}, ValueError, "layers"),
+        ({"topk": 4, "layers": 1}, TypeError, "layers"),
+        ({"topk": 4, "layers": "01"}, TypeError, "layers"),
+        ({"topk": 4, "layers": (i for i in (0, 1))}, TypeError, "layers"),
+        ({"topk": 4, "layers": {0}}, TypeError, "layers"),
+        ({"topk": 4, "layers": ["0"]}, TypeError, "layers"),
+        ({"topk": 4, "layers": [True]}, TypeError, "layers"),
+        ({"topk": 4, "layers": torch.tensor([0])}, TypeError, "layers"),
     ],
 )
 def test_bad_settings_change_nothing(kwargs, error, words):
@@ -322,11 +482,6 @@ def test_bad_settings_change_nothing(kwargs, error, words):
 
 
 def test_refusals():
-    with pytest.raises(NotImplementedError, match="GPTJ"):
-        enable_sfa(
-            hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=9, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)),
-            topk=4,
-        )
     with pytest.raises(ValueError, match="name"):
         sfa_hf.register_sfa("flash_sfa")
     with pytest.raises(ValueError, match="enable_sfa"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
@@ -77,7 +77,8 @@ def enable_sfa(
 
     The setting is written to ``config.sfa`` and saved with the model. After loading such a checkpoint, call
     ``enable_sfa(model, **model.config.sfa)`` again: Transformers does not save which attention it used. Calling
-    it on an enabled model changes the setting.
+    it on an enabled model changes the setting. Of a multimodal model only the language model changes; its setting
+    is in ``model.config.get_text_config().sfa``.
 
     Args:
         model: any model that routes attention through Transformers' AttentionInterface.
@@ -90,9 +91,12 @@ def enable_sfa(
         The same model.
 
     Raises:
-        TypeError, ValueError: a wrong setting; nothing is changed.
-        NotImplementedError: a model that does not route attention through the interface, or attends to a
-            compressed (MLA) cache.
+        TypeError, ValueError: a wrong setting.
+        NotImplementedError: a model that does not route attention through the interface, attends to a compressed
+            (MLA) cache, or has cross-attention, as encoder-decoders do. Score caps, attention sinks and additive
+            position biases are refused by the first forward pass that asks for them.
+
+    Whatever raises leaves the model as it was.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -103,10 +107,8 @@ def enable_sfa(
         >>> model.config.sfa["topk"]
         8
     """
-    config = _text_config(model.config)
-    name = type(model).__name__
-    if getattr(config, "kv_lora_rank", None):
-        raise NotImplementedError(f"{name} caches a compressed latent (MLA), which has no per-head keys to sparsify")
+    part = _text_model(model)
+    config = part.config
     if isinstance(topk, list) and len(topk) == 2:  # a pair read back from config.json
         topk = tuple(topk)
     check_topk_pair(topk)
@@ -114,24 +116,28 @@ def enable_sfa(
     dims = _rotary_dims(config, head_dim) if dense_dims == "rotary" else dense_dims
     check_dense_dims(dims, head_dim)
     if layers is not None:
-        count = config.num_hidden_layers
-        if any(not is_int(i) or not 0 <= i < count for i in layers) or len(set(layers)) != len(layers):
-            raise ValueError(f"layers must be distinct layer numbers in [0, {count}), got {list(layers)}")
+        _check_layers(layers, config.num_hidden_layers)
 
     register_sfa()
-    previous = getattr(model, "_sfa_previous", None) or config._attn_implementation
-    model.set_attn_implementation("sfa")
-    if config._attn_implementation != "sfa":
-        raise NotImplementedError(
-            f"{name} does not route attention through Transformers' AttentionInterface; it would stay "
-            f"{config._attn_implementation!r}"
-        )
-    model._sfa_previous = previous
+    before = [(c, c._attn_implementation, getattr(c, "sfa", None)) for c in _configs(model)]
+    try:
+        part.set_attn_implementation("sfa")
+        if config._attn_implementation != "sfa":
+            raise NotImplementedError(
+                f"{type(part).__name__} does not route attention through Transformers' AttentionInterface; it would "
+                f"stay {config._attn_implementation!r}"
+            )
+    except BaseException:
+        _restore(before)
+        raise
+    _restore([entry for entry in before if entry[0] is not config])  # Transformers switches sub-configs as well
     config.sfa = {
         "topk": list(topk) if isinstance(topk, tuple) else topk,
         "dense_dims": dims if isinstance(dims, int) else list(dims),
         "layers": None if layers is None else list(layers),
     }
+    if getattr(model, "_sfa_previous", None) is None:
+        model._sfa_previous = [entry for entry in before if entry[0] is config]
     if hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = MethodType(_prepare_cache, model)
     return model
@@ -146,8 +152,8 @@ def disable_sfa(model: Any) -> Any:
     previous = getattr(model, "_sfa_previous", None)
     if previous is None:
         raise ValueError(f"SFA is not enabled on this {type(model).__name__}")
-    model.set_attn_implementation(previous)
-    del model._sfa_previous, _text_config(model.config).sfa
+    _restore(previous)
+    del model._sfa_previous
     model.__dict__.pop("_prepare_cache_for_generation", None)
     return model
 
@@ -306,12 +312,17 @@ def _mask(
     """The mask of a forward pass: None (causal, aligned bottom right), (b, 1, 1, kv) key padding, or in full.
 
     The lean forms are for the plain causal rule over a cache without gaps; everything else gets the full mask.
+    A padding mask that pads nothing becomes None on the CPU only: looking at its values elsewhere would wait for the
+    device at every forward. So leave out a mask of ones on a GPU. Nothing here waits for the device, except that
+    Transformers looks at the padding mask of a bidirectional model.
     """
     plain = mask_function is causal_mask_function and local_size is None and kv_offset == 0
-    if plain and is_int(q_offset) and q_offset + q_length == kv_length and not torch.compiler.is_compiling():
-        if attention_mask is None or bool(attention_mask[:, :kv_length].all()):
+    whole = attention_mask is None or attention_mask.shape[-1] >= kv_length
+    if plain and whole and is_int(q_offset) and q_offset + q_length == kv_length and not torch.compiler.is_compiling():
+        if attention_mask is None:
             return None
-        return attention_mask[:, None, None, :kv_length].bool()
+        padding = attention_mask[:, :kv_length].bool()
+        return None if padding.device.type == "cpu" and bool(padding.all()) else padding[:, None, None]
     mask: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
@@ -449,6 +460,64 @@ def _setting(config: Any, layer: int) -> tuple[Topk, Any] | None:
 
 def _text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
+
+
+def _text_model(model: Any) -> Any:
+    """The part of a model that SFA changes: the outermost one that uses the text config, often all of it."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers.PreTrainedModel, not wrapped in another module, got {type(model).__name__}"
+        )
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError(f"{name} is an encoder-decoder, whose cross-attention SFA does not cover")
+    try:
+        config = _text_config(model.config)
+    except ValueError as error:
+        raise NotImplementedError(f"{name} has more than one text model: {error}") from None
+    if getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_layers", None):
+        raise NotImplementedError(f"{name} has cross-attention layers, which SFA does not cover")
+    if getattr(config, "kv_lora_rank", None):
+        raise NotImplementedError(f"{name} caches a compressed latent (MLA), which has no per-head keys to sparsify")
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config:
+            return part
+    raise NotImplementedError(f"{name} has no submodel that uses its text config, so SFA cannot tell what to change")
+
+
+def _check_layers(layers: Any, count: int) -> None:
+    if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
+        raise TypeError(f"layers must be None or a sequence of ints, got {layers!r} of type {type(layers).__name__}")
+    if len(layers) > count:
+        raise ValueError(f"layers must be distinct layer numbers in [0, {count}), got {len(layers)} of them")
+    for entry in layers:
+        if not is_int(entry):
+            raise TypeError(f"layers must hold ints, got {entry!r} of type {type(entry).__name__}")
+    if any(not 0 <= entry < count for entry in layers) or len(set(layers)) != len(layers):
+        raise ValueError(f"layers must be distinct layer numbers in [0, {count}), got {list(layers)}")
+
+
+def _configs(model: Any) -> list[Any]:
+    """Every config that the model, its parts and their sub-configs use, each once."""
+    found: dict[int, Any] = {}
+    todo = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    while todo:
+        config = todo.pop()
+        if config is not None and id(config) not in found:
+            found[id(config)] = config
+            todo += [getattr(config, name, None) for name in config.sub_configs]
+    return list(found.values())
+
+
+def _restore(before: list[tuple[Any, str | None, Any]]) -> None:
+    """Put attention implementations and settings back, without Transformers' spreading them to sub-configs."""
+    for config, implementation, sfa in before:
+        config._attn_implementation_internal = implementation
+        config.__dict__.pop("_attn_was_changed", None)
+        if sfa is not None:
+            config.sfa = sfa
+        elif hasattr(config, "sfa"):
+            del config.sfa
 
 
 def _head_dim(config: Any) -> int:
