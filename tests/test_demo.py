@@ -248,13 +248,30 @@ def test_a_killed_run_resumes_to_the_same_losses(tiny: Any, tmp_path: Path, monk
     assert losses(tmp_path / "run") == expected
 
 
-def test_resume_refuses_changes(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tiny("--variants", "dense") == 0
+def test_resume_refuses_changes(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny("--variants", "narrow , dense") == 0
     run = ["demo", "--resume", "--out", str(tmp_path / "run")]
-    for options in (["--seed", "5"], ["--steps", "9"], ["--positions", "absolute"], ["--variants", "sfa"]):
+    before = (tmp_path / "run/run.json").read_bytes()
+    for options, words in (
+        (["--seed", "5"], "would change it"),
+        (["--steps", "9"], "would change it"),
+        (["--positions", "absolute"], "would change it"),
+        (["--variants", "sfa"], "would change it"),
+        (["--variants", "dense"], "would change it"),
+        (["--variants", "dense,wrong"], "'wrong' is unknown"),
+        (["--quick"], "would change it"),
+    ):
         capsys.readouterr()
-        assert main([*run, *options]) == 2
-        assert "would change it" in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "QUICK", {**TINY, "context": 64})
+            assert main([*run, *options]) == 2, options
+        err = capsys.readouterr().err
+        assert words in err and len(err.strip().splitlines()) == 1
+    assert (tmp_path / "run/run.json").read_bytes() == before
+    # The same choice, however it is written, changes nothing.
+    assert tiny("--resume", "--variants", "dense, narrow") == 0
 
 
 def test_ctrl_c_reports_what_finished_and_resumes(

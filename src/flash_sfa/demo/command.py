@@ -57,19 +57,25 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
+def _chosen_variants(text: str, positions: str) -> tuple[str, ...]:
+    """What --variants names, in the order of the report."""
+    from .models import VARIANTS
+
+    known = VARIANTS[positions]
+    chosen = [name.strip() for name in text.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise UsageError(
+                f"--variants: {name!r} is unknown with {positions} positions; choose from {','.join(known)}"
+            )
+    return tuple(name for name in known if name in chosen)
+
+
 def _new_settings(args: argparse.Namespace) -> "Settings":
     from .models import QUICK, VARIANTS, Settings
 
     positions = args.positions or "rotary"
-    variants = VARIANTS[positions]
-    if args.variants is not None:
-        chosen = [name.strip() for name in args.variants.split(",")]
-        unknown = [name for name in chosen if name not in variants]
-        if unknown:
-            raise UsageError(
-                f"--variants: {unknown[0]!r} is unknown with {positions} positions; choose from {','.join(variants)}"
-            )
-        variants = tuple(name for name in variants if name in chosen)
+    variants = VARIANTS[positions] if args.variants is None else _chosen_variants(args.variants, positions)
     changed = QUICK if args.quick else {}
     settings = Settings(positions=positions, variants=variants, seed=args.seed or 0, text=args.text)
     return dataclasses.replace(settings, **changed, steps=args.steps or 0)  # type: ignore[arg-type]
@@ -77,7 +83,7 @@ def _new_settings(args: argparse.Namespace) -> "Settings":
 
 def _stored_settings(args: argparse.Namespace, path: Path) -> "Settings":
     """The settings of the run to go on with; an option that would change them is refused."""
-    from .models import Settings
+    from .models import QUICK, Settings
 
     if not path.exists():
         raise UsageError(f"--resume: {path.parent} holds no run ({RUN_FILE} is missing)")
@@ -92,8 +98,10 @@ def _stored_settings(args: argparse.Namespace, path: Path) -> "Settings":
             raise UsageError(
                 f"--resume: the run has {name} {getattr(settings, name)!r}; --{name} {value} would change it"
             )
-    if args.variants is not None and set(args.variants.split(",")) != set(settings.variants):
+    if args.variants is not None and _chosen_variants(args.variants, settings.positions) != settings.variants:
         raise UsageError(f"--resume: the run has variants {','.join(settings.variants)}; --variants would change it")
+    if args.quick and any(getattr(settings, name) != value for name, value in QUICK.items()):
+        raise UsageError("--resume: the run is not a quick one; --quick would change it")
     return settings
 
 
