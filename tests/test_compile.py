@@ -13,8 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from flash_sfa import SparseCode, ops, sfa_attention, sfa_attention_varlen, topk_sparsify
-from flash_sfa.impl import sdpa as sdpa_impl
+from flash_sfa import SparseCode, fused, ops, sfa_attention, sfa_attention_varlen, topk_sparsify
 
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 BACKENDS = ("aot_eager", "inductor") if COMPILER else ("aot_eager",)
@@ -42,41 +41,44 @@ def test_opcheck_of_codes(d: int, dims: list[int], dtype: torch.dtype) -> None:
     x = rand(2, 3, d, dtype=dtype)
     for topk in (4, d):
         opcheck(ops.topk, (x, topk, dims, "reference"))
+        opcheck(ops.topk_kept, (x, topk, dims, "reference"))
     values, indices, dense = (t.detach() for t in ops.topk(x, 4, dims, "reference"))
     opcheck(ops.expand, (values.requires_grad_(), indices, dense.requires_grad_(), d, dims, "reference"))
     opcheck(ops.gather, (x, indices, dims, "reference"))
     opcheck(ops.topk, (x.transpose(0, 1), 4, dims, "reference"))
 
 
-def sdpa_arguments(kind: str, dtype: torch.dtype) -> tuple:
-    """Arguments of flash_sfa::sdpa: two codes, or one dense side, or packed sequences, or a mask and a window."""
+def attention_arguments(kind: str, dtype: torch.dtype) -> tuple:
+    """Arguments of flash_sfa::attention: two codes, or one dense side, or packed sequences, or a mask and a window."""
     b, hq, hkv, d = (1, 4, 2, 32) if kind == "varlen" else (2, 4, 2, 32)
     q, k, v = rand(b, 9, hq, d, dtype=dtype), rand(b, 9, hkv, d, dtype=dtype), rand(b, 9, hkv, 16, dtype=dtype)
     dims = [3, 1] if kind == "dims" else []
     sides: list[Any] = []
     for x, is_dense in ((q, False), (k, kind == "dense side")):
         code = topk_sparsify(x.detach(), 5, dense_dims=dims)
-        parts = (x.detach(), None, None) if is_dense else (code.values, code.indices, code.dense)
+        parts = (x.detach(), None, None, None) if is_dense else (code.values, code.indices, code.dense, None)
         sides += [part if part is None or not part.is_floating_point() else part.requires_grad_() for part in parts]
     mask = torch.rand(2, 1, 9, 9) > 0.5 if kind == "mask" else None
     cu = torch.tensor([0, 4, 4, 9], dtype=torch.int32) if kind == "varlen" else None
     left = 3 if kind == "mask" else -1
-    return (*sides, v, mask, cu, cu, d, dims, [] if kind == "dense side" else dims, left, 0, 0.2, "reference")
+    dims_k = [] if kind == "dense side" else dims
+    return (*sides, v, mask, cu, cu, None, d, dims, dims_k, left, 0, 0.2, 9, 9, False, 0.0)
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
 @pytest.mark.parametrize("kind", ("codes", "dims", "dense side", "mask", "varlen"))
-def test_opcheck_of_sdpa(kind: str, dtype: torch.dtype) -> None:
-    arguments = sdpa_arguments(kind, dtype)
+def test_opcheck_of_attention(kind: str, dtype: torch.dtype) -> None:
+    arguments = attention_arguments(kind, dtype)
     for return_lse in (False, True):
         # Gradients are compared with those of the compiled graph by value: wide enough for bf16.
-        opcheck(sdpa_impl.sdpa, (*arguments, return_lse), rtol=2e-2, atol=2e-2)
-    out, lse = sdpa_impl.sdpa(*arguments, True)
+        opcheck(fused.attention, (*arguments, return_lse, "sdpa"), rtol=2e-2, atol=2e-2)
+    out, lse, bad = fused.attention(*arguments, True, "sdpa")
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    grads = torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach()
-    opcheck(sdpa_impl.sdpa_backward, (*grads, *detached, True))
-    shapes = [x.shape for x in sdpa_impl.sdpa_backward(*grads, *detached, True)]
-    assert shapes[0] == arguments[0].shape and shapes[2] == arguments[3].shape and shapes[4] == arguments[6].shape
+    del detached[7], detached[3]  # the expanded rows
+    grads = torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), bad
+    opcheck(fused.attention_backward, (*grads, *detached, True, "sdpa"))
+    shapes = [x.shape for x in fused.attention_backward(*grads, *detached, True, "sdpa")]
+    assert shapes[0] == arguments[0].shape and shapes[2] == arguments[4].shape and shapes[4] == arguments[8].shape
 
 
 # ----------------------------------------------------------------------------------------------- compile
@@ -206,5 +208,5 @@ def test_export_keeps_the_operators() -> None:
     inputs = tuple(x.detach() for x in (rand(2, 9, 4, 32), rand(2, 9, 2, 32), rand(2, 9, 2, 16)))
     program = torch.export.export(Attend(), inputs)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {"flash_sfa.topk.default", "flash_sfa.sdpa.default"} <= called
+    assert {"flash_sfa.topk.default", "flash_sfa.attention.default"} <= called
     assert torch.equal(program.module()(*inputs), Attend()(*inputs))

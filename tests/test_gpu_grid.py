@@ -14,7 +14,7 @@ from test_grid import CASES
 from test_varlen import RAGGED, check, ends
 
 pytestmark = pytest.mark.gpu
-IMPLS = ("reference", "sdpa")
+IMPLS = ("reference", "sdpa", "triton")
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,8 @@ def test_grid_on_cuda(case: Case) -> None:
     check_case(case, "reference", "cuda")
     if not case.may_drop and case.dtype != FP64:
         check_case(case, "sdpa", "cuda")
+    if case.sees not in ("full_mask", "causal_mask", "window_full_mask"):
+        check_case(case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -50,7 +52,43 @@ def test_gradient_through_lse_on_cuda(sees: str, impl: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("which", range(3), ids="qkv")
 @pytest.mark.parametrize("sees", rules.VISIBILITY)
 def test_non_finite_rows_on_cuda(sees: str, which: int, value: float, impl: str) -> None:
+    if impl == "triton" and sees == "empty rows":
+        pytest.skip("a full mask, which triton refuses (tested in test_bad_input)")
     rules.test_non_finite_rows(sees, which, value, impl, "cuda")
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("impl", ("auto", "triton"))
+def test_non_finite_values_in_long_rows_stay_where_they_are_seen(
+    impl: str, causal: bool, which: int, value: float
+) -> None:
+    """Who does not see the value keeps the result; other sequences and heads to the bit."""
+    inputs = [torch.randn(2, 700, h, 64, device="cuda", dtype=BF16) for h in (4, 2, 2)]
+    grad = torch.randn(2, 700, 4, 64, device="cuda", dtype=BF16)
+    options: Any = {"topk": 8, "causal": causal, "impl": impl, "return_lse": True}
+    results = []
+    for spoil in (False, True):
+        if spoil:
+            inputs[which][1, 300, 1, 5] = value
+        wrt = [x.clone().requires_grad_() for x in inputs]
+        out, lse = sfa_attention(*wrt, **options)
+        results.append((out.detach(), lse.detach(), *torch.autograd.grad(out, wrt, grad)))
+    (out, lse, *grads), (out_bad, lse_bad, *grads_bad) = results
+    assert torch.equal(out[0], out_bad[0]) and torch.equal(lse[0], lse_bad[0])
+    assert torch.equal(out[1, :, :2], out_bad[1, :, :2]), "the other group of heads"
+    if causal or which == 0:
+        torch.testing.assert_close(out_bad[1, :300], out[1, :300])
+        torch.testing.assert_close(lse_bad[1, :, :300], lse[1, :, :300])
+        torch.testing.assert_close(grads_bad[0][1, :300], grads[0][1, :300], atol=2e-2, rtol=2e-2)
+    head = slice(1, 2) if which == 0 else slice(2, 4)
+    assert not out_bad[1, 300, head].isfinite().any()
+    if which == 0:
+        assert torch.equal(out[1, 301:], out_bad[1, 301:])
+    for clean, spoiled in zip(grads, grads_bad):
+        assert torch.equal(clean[0], spoiled[0])
+        assert spoiled.isfinite().all(), "no gradient flows through what is spoiled"
 
 
 def heads(n: int, h: int, d: int, dtype: torch.dtype = BF16) -> list[Tensor]:

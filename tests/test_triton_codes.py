@@ -50,6 +50,9 @@ def check(x: Tensor, topk: int, dims: tuple[int, ...] = (), **options: str) -> N
     assert torch.equal(got[1], wanted[1]), "indices"
     assert same(got[0], wanted[0]), "values"
     assert same(got[2], wanted[2]), "dense"
+    *again, kept = triton_codes.topk_kept(x, topk, dims, **options)
+    assert all(same(a, b) for a, b in zip(again, got)), "topk_kept"
+    assert same(kept, reference.expand(*wanted, d, dims)), "kept"
     assert same(triton_codes.expand(*wanted, d, dims), reference.expand(*wanted, d, dims)), "expand"
     for a, b in zip(triton_codes.gather(x, wanted[1], dims), reference.gather(x, wanted[1], dims)):
         assert same(a, b), "gather"

@@ -4,14 +4,16 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from . import fused, ops
 from .checks import (
     IMPLS,
+    MAX_DIM,
     NONOVERLAP,
     check_bool,
     check_choice,
@@ -34,7 +36,6 @@ from .impl import sdpa as sdpa_impl
 logger = logging.getLogger("flash_sfa")
 
 _NOT_BUILT = {
-    "triton": "no Triton attention kernel is built yet (only topk_sparsify has one)",
     "cuda": "no CUDA attention kernel is built yet",
     "intersect": "the paper's posting-list kernel is not built yet",
     "cpu": "it exists only for sfa_attention_with_kvcache",
@@ -145,7 +146,8 @@ def sfa_attention(
         tolerance: allowed misplaced weight in [0, 1); the implementations here are exact for any.
         score_dtype: None only; no implementation computes scores in a narrower type yet.
         return_lse: also return the log-sum-exp.
-        impl: "auto", "reference" or "sdpa". "triton", "cuda" and "intersect" are not built yet.
+        impl: "auto", "reference", "sdpa" (PyTorch's fused kernels; cuDNN on CUDA) or "triton" (CUDA; masks only as key
+            padding, (b, 1, 1, sk)). "cuda" and "intersect" are not built yet.
 
     Returns:
         out (b, sq, hq, dv) in the dtype of v; with return_lse also lse (b, hq, sq), natural log, fp32
@@ -165,17 +167,16 @@ def sfa_attention(
         torch.Size([1, 16, 4, 64])
     """
     _check_ranks(q, k, v, 4)
-    b, sq, hq = q.shape[:3]
+    b, sq = q.shape[:2]
+    check_same("k", k.shape[0], "q", b, "batch size")
     call = _check_call(
         q, k, v, topk, dense_dims, causal, softmax_scale, window_size, nonoverlap, dropout_p, deterministic,
-        tolerance, score_dtype, return_lse, impl,
+        tolerance, score_dtype, return_lse, impl, attn_mask,
     )  # fmt: skip
-    check_same("k", k.shape[0], "q", b, "batch size")
-    _check_mask(attn_mask, (b, hq, sq, k.shape[1]), v.device)
-    q, k, v = _sparsify(q, k, v, call)
-    if call.impl == "sdpa":
-        out, lse = _sdpa(q, k, v, call, attn_mask=attn_mask)
+    if call.impl != "reference":
+        out, lse = _fused(q, k, v, call, attn_mask=attn_mask)
     else:
+        q, k, v = _sparsify(q, k, v, call)
         visible = reference.visible_pairs(sq, k.shape[1], call.window, v.device)
         if attn_mask is not None:
             visible = visible & attn_mask
@@ -263,12 +264,13 @@ def sfa_attention_varlen(
     check_same("cu_seqlens_k", cu_seqlens_k.shape[0], "cu_seqlens_q", cu_seqlens_q.shape[0], "length")
     _check_max_seqlen(max_seqlen_q, "max_seqlen_q", cu_seqlens_q)
     _check_max_seqlen(max_seqlen_k, "max_seqlen_k", cu_seqlens_k)
-    q, k, v = _sparsify(q, k, v, call)
     q, k = (x.map(_add_batch) if isinstance(x, SparseCode) else x[None] for x in (q, k))
     v = v[None]
-    if call.impl == "sdpa":
-        out, lse = _sdpa(q, k, v, call, cu_seqlens=(cu_seqlens_q, cu_seqlens_k))
+    if call.impl != "reference":
+        longest = max_seqlen_q, max_seqlen_k
+        out, lse = _fused(q, k, v, call, cu_seqlens=(cu_seqlens_q, cu_seqlens_k), max_seqlens=longest)
     else:
+        q, k, v = _sparsify(q, k, v, call)
         visible = reference.visible_pairs_varlen(cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], call.window)
         out, lse = _reference(q, k, v, call, visible)
     return (out[0], lse[0]) if return_lse else out[0]
@@ -308,12 +310,11 @@ def select_impl(
         'sdpa'
     """
     _check_ranks(q, k, v, 4)
+    check_same("k", k.shape[0], "q", q.shape[0], "batch size")
     call = _check_call(
         q, k, v, topk, dense_dims, causal, softmax_scale, window_size, nonoverlap, dropout_p, deterministic,
-        tolerance, score_dtype, return_lse, impl,
+        tolerance, score_dtype, return_lse, impl, attn_mask,
     )  # fmt: skip
-    check_same("k", k.shape[0], "q", q.shape[0], "batch size")
-    _check_mask(attn_mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), v.device)
     return {"forward": call.impl, "backward": call.impl, "reason": call.reason}
 
 
@@ -335,7 +336,7 @@ def _check_ranks(q: Any, k: Any, v: Any, ndim: int) -> None:
 def _check_call(
     q: Tensor | SparseCode, k: Tensor | SparseCode, v: Tensor, topk: Any, dense_dims: Any, causal: Any,
     softmax_scale: Any, window_size: Any, nonoverlap: Any, dropout_p: Any, deterministic: Any, tolerance: Any,
-    score_dtype: Any, return_lse: Any, impl: Any,
+    score_dtype: Any, return_lse: Any, impl: Any, attn_mask: Any = None,
 ) -> _Call:  # fmt: skip
     check_choice(impl, "impl", IMPLS)
     check_choice(nonoverlap, "nonoverlap", NONOVERLAP)
@@ -356,8 +357,8 @@ def _check_call(
     check_same("v", v.shape[-3], "k", k.shape[-3], "length")
     if v.dim() == 4:
         check_same("v", v.shape[0], "k", k.shape[0], "batch size")
-    if hkv < 1 or hq % hkv:
-        raise ValueError(f"the heads of q must be a multiple of the heads of k and v, got {hq} and {hkv}")
+    if hkv < 1 or hq < 1 or hq % hkv:
+        raise ValueError(f"the heads of q must be a positive multiple of the heads of k and v, got {hq} and {hkv}")
     check_same("k", k.device, "q", q.device, "device")
     check_same("v", v.device, "q", q.device, "device")
     dtypes = [autocast_dtype(x.values if isinstance(x, SparseCode) else x) for x in (q, k, v)]
@@ -380,7 +381,9 @@ def _check_call(
         "asked for",
         dtypes[0],
     )
-    return _choose(call, q.device, deterministic)
+    if v.dim() == 4:
+        _check_mask(attn_mask, (q.shape[0], hq, q.shape[1], k.shape[1]), v.device)
+    return _choose(call, q, k, v, attn_mask, deterministic)
 
 
 def _sides(q: Tensor | SparseCode, k: Tensor | SparseCode, topk: Any, dense_dims: Any) -> tuple[_Side, _Side]:
@@ -411,27 +414,60 @@ def _sides(q: Tensor | SparseCode, k: Tensor | SparseCode, topk: Any, dense_dims
     return sides[0], sides[1]
 
 
-def _choose(call: _Call, device: torch.device, deterministic: bool) -> _Call:
-    from dataclasses import replace
-
+def _choose(
+    call: _Call,
+    q: Tensor | SparseCode,
+    k: Tensor | SparseCode,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    deterministic: bool,
+) -> _Call:
+    """The rule of "auto": cuDNN where it takes the call, then Triton, then other SDPA kernels, then the reference."""
     if call.impl == "reference":
         return call
     if call.impl in _NOT_BUILT:
         raise NotImplementedError(f"impl={call.impl!r}: {_NOT_BUILT[call.impl]}")
-    problem = sdpa_impl.unsupported(
-        call.dtype, device, can_drop=call.can_drop, dropout_p=call.dropout_p, deterministic=deterministic
-    )
-    if call.impl == "sdpa":
+    problems = {
+        "sdpa": sdpa_impl.unsupported(
+            call.dtype, v.device, can_drop=call.can_drop, dropout_p=call.dropout_p, deterministic=deterministic
+        ),
+        "triton": _triton_problem(call, v, attn_mask),
+    }
+    if call.impl != "auto":
+        problem = problems[call.impl]
         if problem is not None:
-            raise NotImplementedError(f"impl='sdpa': {problem}")
+            raise NotImplementedError(f"impl={call.impl!r}: {problem}")
         return call
-    if problem is None:
-        impl, reason = "sdpa", "codes expanded into PyTorch's fused attention; the fastest built so far"
+    alone = attn_mask is None and v.dim() == 4
+    cudnn = alone and sdpa_impl.cudnn_takes(q, k, v, call.dtype, call.window, call.softmax_scale)
+    if problems["sdpa"] is None and (v.device.type == "cpu" or cudnn):
+        kernels = "cuDNN" if cudnn else "PyTorch's fused attention"
+        impl, reason = "sdpa", f"codes expanded into {kernels}, the fastest here for this call"
+    elif problems["triton"] is None:
+        impl, reason = "triton", "codes expanded into our Triton kernels; cuDNN does not take this call"
+    elif problems["sdpa"] is None:
+        impl, reason = "sdpa", f"codes expanded into PyTorch's attention; triton cannot: {problems['triton']}"
     else:
-        impl, reason = "reference", f"sdpa cannot do this call: {problem}"
+        impl, reason = "reference", f"sdpa cannot do this call: {problems['sdpa']}"
     if not torch.compiler.is_compiling():
-        _log_choice(impl, reason, device.type)
+        _log_choice(impl, reason, v.device.type)
     return replace(call, impl=impl, reason=reason)
+
+
+def _triton_problem(call: _Call, v: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why impl="triton" cannot do the call, or None."""
+    if v.device.type != "cuda":
+        return f"it needs CUDA tensors, got {v.device}"
+    missing = ops.triton_missing()
+    if missing is not None:
+        return f"Triton is missing: {missing}"
+    if call.dtype == torch.float64:
+        return "float64 is not supported"
+    if max(call.dim, v.shape[-1]) > 256:
+        return f"head dims above 256 are not supported, got {call.dim} and {v.shape[-1]}"
+    if attn_mask is not None and any(size != 1 for size in attn_mask.shape[:-1][-2:]):
+        return f"attn_mask must be key padding, (b, 1, 1, sk), got {tuple(attn_mask.shape)}"
+    return None
 
 
 @functools.cache
@@ -461,7 +497,7 @@ def _reference(
     return reference.attention(rows_q, rows_k, v, visible, call.softmax_scale, call.dropout_p)
 
 
-def _sdpa(
+def _fused(
     q: Tensor | SparseCode,
     k: Tensor | SparseCode,
     v: Tensor,
@@ -469,14 +505,27 @@ def _sdpa(
     *,
     attn_mask: Tensor | None = None,
     cu_seqlens: tuple[Tensor | None, Tensor | None] = (None, None),
+    max_seqlens: tuple[int | None, int | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     parts: list[Any] = []
-    for x in (q, k):
-        parts += [x.values, x.indices, x.dense] if isinstance(x, SparseCode) else [x, None, None]
-    return sdpa_impl.sdpa(
-        *parts, v, attn_mask, *cu_seqlens, call.dim, list(call.q_side.dense_dims), list(call.k_side.dense_dims),
-        *call.window, call.softmax_scale, "auto", call.return_lse,
+    for x, side in ((q, call.q_side), (k, call.k_side)):
+        if isinstance(x, SparseCode):
+            code = x.to(call.dtype)
+            parts += [code.values, code.indices, code.dense, None]
+        elif side.topk is None:
+            parts += [x.to(call.dtype), None, None, None]
+        elif x.is_cuda:
+            parts += ops.topk_kept(x.to(call.dtype), min(side.topk, MAX_DIM), list(side.dense_dims), "auto")
+        else:
+            parts += [*ops.topk(x.to(call.dtype), min(side.topk, MAX_DIM), list(side.dense_dims), "auto"), None]
+    seed = torch.randint(2**62, (1,), device=v.device) if call.dropout_p > 0.0 else None
+    longest = (x.shape[1] if n is None else n for x, n in zip((q, k), max_seqlens))
+    out, lse, _ = fused.attention(
+        *parts, v.to(call.dtype), attn_mask, *cu_seqlens, seed, call.dim, list(call.q_side.dense_dims),
+        list(call.k_side.dense_dims), *call.window, call.softmax_scale, *longest, call.can_drop, call.dropout_p,
+        call.return_lse, call.impl,
     )  # fmt: skip
+    return out, lse
 
 
 def _check_mask(attn_mask: Any, shape: tuple[int, ...], device: torch.device) -> None:

@@ -45,6 +45,17 @@ def topk(x: Tensor, topk: int, dense_dims: Sequence[int], impl: str) -> tuple[Te
     return _function("topk", impl, x)(x, topk, tuple(dense_dims))
 
 
+@torch.library.custom_op("flash_sfa::topk_kept", mutates_args=())
+def topk_kept(x: Tensor, topk: int, dense_dims: Sequence[int], impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`topk`, and the expanded code, which has no gradient."""
+    if _function("topk", impl, x) is reference.topk:
+        values, indices, dense = reference.topk(x, topk, tuple(dense_dims))
+        return values, indices, dense, reference.expand(values, indices, dense, x.shape[-1], tuple(dense_dims))
+    from .impl import triton_codes
+
+    return triton_codes.topk_kept(x, topk, tuple(dense_dims))
+
+
 @torch.library.custom_op("flash_sfa::expand", mutates_args=())
 def expand(values: Tensor, indices: Tensor, dense: Tensor, dim: int, dense_dims: Sequence[int], impl: str) -> Tensor:
     """(values, indices, dense) -> rows of ``dim`` features, zero elsewhere; repeated indices add."""
@@ -64,6 +75,14 @@ def _(x: Tensor, topk: int, dense_dims: Sequence[int], impl: str) -> tuple[Tenso
     return x.new_empty(*rows, w), x.new_empty(*rows, w, dtype=index_dtype(d)), x.new_empty(*rows, r)
 
 
+@topk_kept.register_fake
+def _(x: Tensor, topk: int, dense_dims: Sequence[int], impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, d, r = x.shape[:-1], x.shape[-1], len(dense_dims)
+    w = min(topk, d - r)
+    indices = x.new_empty(*rows, w, dtype=index_dtype(d))
+    return x.new_empty(*rows, w), indices, x.new_empty(*rows, r), x.new_empty(*rows, d)
+
+
 @expand.register_fake
 def _(values: Tensor, indices: Tensor, dense: Tensor, dim: int, dense_dims: Sequence[int], impl: str) -> Tensor:
     return values.new_empty(*values.shape[:-1], dim)
@@ -78,10 +97,10 @@ def _topk_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, _, ctx.dense_dims, ctx.impl = inputs
     ctx.dim = x.shape[-1]
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(output[1], *output[3:])
 
 
-def _topk_backward(ctx: Any, grad_values: Tensor, _: Any, grad_dense: Tensor) -> tuple:
+def _topk_backward(ctx: Any, grad_values: Tensor, _: Any, grad_dense: Tensor, *__: Any) -> tuple:
     (indices,) = ctx.saved_tensors
     return expand(grad_values, indices, grad_dense, ctx.dim, ctx.dense_dims, ctx.impl), None, None, None
 
@@ -109,5 +128,6 @@ def _gather_backward(ctx: Any, grad_values: Tensor, grad_dense: Tensor) -> tuple
 
 
 topk.register_autograd(_topk_backward, setup_context=_topk_context)
+topk_kept.register_autograd(_topk_backward, setup_context=_topk_context)
 expand.register_autograd(_expand_backward, setup_context=_expand_context)
 gather.register_autograd(_gather_backward, setup_context=_gather_context)

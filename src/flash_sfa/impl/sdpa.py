@@ -1,7 +1,6 @@
-"""Attention by expanding codes and calling PyTorch's fused SDPA kernels: memory linear in the length.
+"""Attention over expanded rows by PyTorch's fused SDPA kernels: memory linear in the length.
 
-Saved for backward: the codes, v, out and lse; never a dense q or k of a sparse side, never an n x n matrix
-(a bool mask is n x n where the caller gives one or the window needs one).
+A mask is n x n where the caller gives one, or where the window, or causality over unequal lengths, needs one.
 
 The kernels are called through their aten operators because those return the log-sum-exp. They do not take a
 gradient of it. A column appended to v, out and grad_out does: it adds -grad_lse to the row sum
@@ -10,13 +9,13 @@ delta = sum(grad_out * out) that the backward subtracts, and nothing elsewhere. 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import ops
+from ..codes import SparseCode
 from . import blocked
 from .reference import visible_pairs
 
@@ -41,123 +40,56 @@ def unsupported(
     return None
 
 
-@torch.library.custom_op("flash_sfa::sdpa", mutates_args=())
-def sdpa(
-    q: Tensor, q_indices: Tensor | None, q_dense: Tensor | None,
-    k: Tensor, k_indices: Tensor | None, k_dense: Tensor | None,
-    v: Tensor, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    dim: int, q_dense_dims: Sequence[int], k_dense_dims: Sequence[int],
-    left: int, right: int, softmax_scale: float, codes_impl: str, return_lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q, k: code values, or the dense rows where indices is None. Returns out (as v) and lse (b, hq, sq).
+def cudnn_takes(
+    q: Tensor | SparseCode, k: Tensor | SparseCode, v: Tensor, dtype: torch.dtype, window: tuple[int, int], scale: float
+) -> bool:
+    """Whether the whole call, without a mask, runs in cuDNN: 16-bit floats, causal over equal lengths or full."""
+    (sq, d), sk, (left, right) = (q.shape[1], q.shape[-1]), k.shape[1], window
+    return (
+        v.is_cuda
+        and left < 0
+        and (right < 0 or (right == 0 and sq == sk))
+        and _cudnn_fits(v.device, dtype, d, v.shape[-1], sq, scale)
+    )
 
-    With cu_seqlens the batch dimension is 1 and the sequences lie one after another.
-    """
-    q = _rows(q, q_indices, q_dense, dim, q_dense_dims, codes_impl)
-    k = _rows(k, k_indices, k_dense, dim, k_dense_dims, codes_impl)
-    window = (left, right)
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        out, lse = _forward(q, k, v, attn_mask, window, softmax_scale)
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bad: Tensor, attn_mask: Tensor | None,
+    cu_seqlens: tuple[Tensor | None, Tensor | None], window: tuple[int, int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q (b, sq, hq, d), k (b, sk, hkv, d), v (b, sk, hkv, dv) -> out, lse (b, hq, sq); adds marks to ``bad``."""
+    if cu_seqlens[0] is None or cu_seqlens[1] is None:
+        if _mends(q, k, v, attn_mask, window, scale):
+            return _forward_mended(q, k, v, bad, window, scale)
+        out, lse = _forward(q, k, v, attn_mask, window, scale)
         return out.contiguous(), lse.contiguous()
     out = v.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_lse_dtype(v.dtype))
-    for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
-        out[:, rows_q], lse[:, :, rows_q] = _forward(
-            q[:, rows_q], k[:, rows_k], v[:, rows_k], attn_mask, window, softmax_scale
-        )
+    for rows_q, rows_k in _sequences(cu_seqlens[0], cu_seqlens[1]):
+        out[:, rows_q], lse[:, :, rows_q] = _forward(q[:, rows_q], k[:, rows_k], v[:, rows_k], attn_mask, window, scale)
     return out, lse
 
 
-@sdpa.register_fake
-def _(q: Tensor, qi: Any, qd: Any, k: Tensor, ki: Any, kd: Any, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    b, sq, hq = q.shape[:3]
-    return v.new_empty(b, sq, hq, v.shape[-1]), v.new_empty(b, hq, sq, dtype=_lse_dtype(v.dtype))
-
-
-@torch.library.custom_op("flash_sfa::sdpa_backward", mutates_args=())
-def sdpa_backward(
-    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, q_indices: Tensor | None, q_dense: Tensor | None,
-    k: Tensor, k_indices: Tensor | None, k_dense: Tensor | None,
-    v: Tensor, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    dim: int, q_dense_dims: Sequence[int], k_dense_dims: Sequence[int],
-    left: int, right: int, softmax_scale: float, codes_impl: str, return_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, q_dense, k, k_dense, v; of codes only at the kept coordinates."""
-    rows_of_q = _rows(q, q_indices, q_dense, dim, q_dense_dims, codes_impl)
-    rows_of_k = _rows(k, k_indices, k_dense, dim, k_dense_dims, codes_impl)
-    window = (left, right)
-    grad_lse_used = grad_lse if return_lse else None
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        dq, dk, dv = _backward(
-            grad_out, grad_lse_used, out, lse, rows_of_q, rows_of_k, v, attn_mask, window, softmax_scale
-        )
-    else:
-        dq, dk, dv = torch.zeros_like(rows_of_q), torch.zeros_like(rows_of_k), torch.zeros_like(v)
-        for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
-            dq[:, rows_q], dk[:, rows_k], dv[:, rows_k] = _backward(
-                grad_out[:, rows_q], None if grad_lse_used is None else grad_lse_used[:, :, rows_q],
-                out[:, rows_q], lse[:, :, rows_q], rows_of_q[:, rows_q], rows_of_k[:, rows_k], v[:, rows_k],
-                attn_mask, window, softmax_scale,
-            )  # fmt: skip
-    dq_values, dq_dense = _code_grad(dq, q_indices, q_dense_dims, codes_impl)
-    dk_values, dk_dense = _code_grad(dk, k_indices, k_dense_dims, codes_impl)
-    return dq_values, dq_dense, dk_values, dk_dense, dv.contiguous()
-
-
-@sdpa_backward.register_fake
-def _(
-    grad_out: Tensor, grad_lse: Any, out: Any, lse: Any,
-    q: Tensor, q_indices: Any, q_dense: Any, k: Tensor, k_indices: Any, k_dense: Any, v: Tensor, *_: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    def like(x: Tensor | None, default: Tensor) -> Tensor:
-        return default.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    return like(q, q), like(q_dense, q), like(k, k), like(k_dense, k), like(v, v)
-
-
-def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:10], *output)
-    ctx.options = inputs[10:]
-
-
-def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
-    *inputs, out, lse = ctx.saved_tensors
-    dq, dq_dense, dk, dk_dense, dv = sdpa_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.options)
-    q_dense, k_dense = inputs[2], inputs[5]
-    return (
-        dq, None, None if q_dense is None else dq_dense,
-        dk, None, None if k_dense is None else dk_dense,
-        dv, *[None] * 11,
-    )  # fmt: skip
-
-
-sdpa.register_autograd(_autograd, setup_context=_context)
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bad: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    attn_mask: Tensor | None, cu_seqlens: tuple[Tensor | None, Tensor | None], window: tuple[int, int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv of `forward`."""
+    if cu_seqlens[0] is None or cu_seqlens[1] is None:
+        if _mends(q, k, v, attn_mask, window, scale):
+            return _backward_mended(grad_out, grad_lse, out, lse, bad, q, k, v, window, scale)
+        return _backward(grad_out, grad_lse, out, lse, q, k, v, attn_mask, window, scale)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows_q, rows_k in _sequences(cu_seqlens[0], cu_seqlens[1]):
+        dq[:, rows_q], dk[:, rows_k], dv[:, rows_k] = _backward(
+            grad_out[:, rows_q], None if grad_lse is None else grad_lse[:, :, rows_q], out[:, rows_q],
+            lse[:, :, rows_q], q[:, rows_q], k[:, rows_k], v[:, rows_k], attn_mask, window, scale,
+        )  # fmt: skip
+    return dq, dk, dv
 
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _rows(
-    values: Tensor,
-    indices: Tensor | None,
-    dense: Tensor | None,
-    dim: int,
-    dense_dims: Sequence[int],
-    codes_impl: str,
-) -> Tensor:
-    if indices is None or dense is None:
-        return values
-    return ops.expand(values, indices, dense, dim, dense_dims, codes_impl)
-
-
-def _code_grad(
-    grad: Tensor, indices: Tensor | None, dense_dims: Sequence[int], codes_impl: str
-) -> tuple[Tensor, Tensor]:
-    if indices is None:
-        return grad.contiguous(), grad.new_empty(0)
-    return ops.gather(grad, indices, dense_dims, codes_impl)
 
 
 def _sequences(cu_q: Tensor, cu_k: Tensor) -> list[tuple[slice, slice]]:
@@ -205,6 +137,44 @@ def _backward(
     with torch.autocast(q.device.type, enabled=False):
         dq, dk, dv = _fused_backward(grad_out, grad_lse, q, k, v, out, lse, dead, mask, causal, scale)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _mends(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, window: tuple[int, int], scale: float) -> bool:
+    """Whether cuDNN takes the call and Triton mends what a non-finite value spoils. Else such are zeroed first."""
+    fits = attn_mask is None and cudnn_takes(q, k, v, q.dtype, window, scale)
+    return fits and k.numel() > 0 and q.numel() > 0 and ops.triton_missing() is None
+
+
+def _forward_mended(
+    q: Tensor, k: Tensor, v: Tensor, bad: Tensor, window: tuple[int, int], scale: float
+) -> tuple[Tensor, Tensor]:
+    from . import triton_forward
+
+    with torch.autocast("cuda", enabled=False):
+        out, lse = _fused_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, window[1] == 0, scale)
+    out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
+    triton_forward.rescue(q, k, v, out, lse, bad, triton_forward.Options(*window, scale))
+    return out, lse
+
+
+def _backward_mended(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bad: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    window: tuple[int, int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from . import triton_backward, triton_forward
+
+    options = triton_forward.Options(*window, scale)
+    wide = v.shape[-1] + (grad_lse is not None)
+    if not _cudnn_fits(q.device, q.dtype, q.shape[-1], wide, q.shape[1], scale):  # no column is left for grad_lse
+        return triton_backward.backward(grad_out, grad_lse, q, k, v, out, lse, bad, options)
+    with torch.autocast("cuda", enabled=False):
+        grads = _fused_backward(
+            grad_out.transpose(1, 2), grad_lse, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            out.transpose(1, 2), lse, None, None, window[1] == 0, scale,
+        )  # fmt: skip
+    dq, dk, dv = (x.transpose(1, 2) for x in grads)
+    triton_backward.rescue(grad_out, grad_lse, q, k, v, out, lse, bad, dq, dk, dv, options)
+    return dq, dk, dv
 
 
 def _visibility(
@@ -256,6 +226,11 @@ def _at_least_fp32(*tensors: Tensor) -> list[Tensor]:
     return [x.float() if x.element_size() == 2 else x for x in tensors]
 
 
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The CPU kernel masks before it scales, so a scale that is not positive goes into q."""
+    return (q, scale) if scale > 0.0 else (q * scale, 1.0)
+
+
 def _pad_to(width: int, *tensors: Tensor) -> list[Tensor]:
     return [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors]
 
@@ -264,15 +239,11 @@ def _pad_to_8(*tensors: Tensor) -> list[Tensor]:
     return [_pad_to(-(-x.shape[-1] // 8) * 8, x)[0] for x in tensors]
 
 
-def _cudnn_fits(q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """cuDNN takes 16-bit floats, causal or full, up to 256 wide; its backward adds a column for grad_lse."""
-    return (
-        mask is None
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and max(q.shape[-1], v.shape[-1]) <= 256
-        and q.shape[2] > 1
-    )
+def _cudnn_fits(device: torch.device, dtype: torch.dtype, d: int, dv: int, sq: int, scale: float) -> bool:
+    """cuDNN takes 16-bit floats, up to 256 wide on Hopper and later, 128 before."""
+    major = torch.cuda.get_device_capability(device)[0]
+    widest = 256 if major >= 9 else 128
+    return dtype in (torch.float16, torch.bfloat16) and major >= 8 and max(d, dv) <= widest and sq > 1 and scale > 0.0
 
 
 def _fused_forward(
@@ -282,10 +253,11 @@ def _fused_forward(
     dv, dtype = v.shape[-1], v.dtype
     if q.device.type == "cpu":
         q, k, v = _pad_to(max(q.shape[-1], dv), *_at_least_fp32(q, k, v))
+        q, scale = _positive(q, scale)
         bias = None if mask is None else _additive(mask, q.dtype)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
         return out[..., :dv].to(dtype), lse
-    if _cudnn_fits(q, v, mask):
+    if mask is None and _cudnn_fits(q.device, q.dtype, q.shape[-1], dv, q.shape[2], scale):
         q, k, v = _pad_to_8(q, k, v)
         out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
         return out[..., :dv], lse.reshape(lse.shape[:3])
@@ -294,11 +266,12 @@ def _fused_forward(
 
 def _fused_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    dead: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    dead: Tensor | None, mask: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     d, dv, dtype, on_cpu = q.shape[-1], v.shape[-1], q.dtype, q.device.type == "cpu"
-    fits = on_cpu or _cudnn_fits(q, v if grad_lse is None else pad(v, (0, 1)), mask)
-    if not fits:
+    wide = dv + (grad_lse is not None)
+    fits = on_cpu or (mask is None and _cudnn_fits(q.device, dtype, d, wide, q.shape[2], scale))
+    if not fits and dead is not None:
         return blocked.backward(grad_out, grad_lse, q, k, v, dead, mask, causal, scale)
     if on_cpu:
         q, k, v, out, grad_out = _at_least_fp32(q, k, v, out, grad_out)
@@ -308,9 +281,12 @@ def _fused_backward(
     if on_cpu:
         q, k, v, out, grad_out = _pad_to(max(q.shape[-1], v.shape[-1]), q, k, v, out, grad_out)
         bias = None if mask is None else _additive(mask, q.dtype)
+        factor = scale if scale <= 0.0 else 1.0
+        q, scale = _positive(q, scale)
         dq, dk, grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
+        dq = dq * factor if factor != 1.0 else dq
     else:
         dq, dk, grad_v = _cudnn_backward([*_pad_to_8(grad_out, q, k, v, out), lse], causal, scale)
     return dq[..., :d].to(dtype), dk[..., :d].to(dtype), grad_v[..., :dv].to(dtype)

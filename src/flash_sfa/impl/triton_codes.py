@@ -399,13 +399,41 @@ def _network(
     return _largest(keys, K)
 
 
+@triton.jit
+def _store_kept(
+    xq, offset, kept, row, inside, top, table, D: tl.constexpr, NQ: tl.constexpr, W: tl.constexpr,
+    RD: tl.constexpr, PREFIX: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows with zeros at features that are neither in the first W keys of ``top`` nor always on.
+
+    The rows are read again, 32 features at a time: holding them since the first read would cost registers.
+    """
+    CHUNK: tl.constexpr = min(NQ, 8)
+    for i in tl.range(0, NQ // CHUNK, num_stages=1):
+        word = tl.zeros((R,), tl.uint32)
+        for j in tl.static_range(W):
+            feature = (D - 1 - ((top[j] >> 1) & 0x7FFF).to(tl.int32)).to(tl.uint32)
+            bit = tl.full((R,), 1, tl.uint32) << (feature & 31)
+            word |= tl.where(feature >> 5 == i, bit, 0)
+        nibble = tl.arange(0, CHUNK)[None, :]
+        c = i * CHUNK + nibble
+        bits = (word[:, None] >> (nibble * 4).to(tl.uint32)).to(tl.int32)
+        if RD > 0:
+            bits |= _excluded(c, table, D, RD, PREFIX)
+        low = ((0 - (bits & 1)) & 0xFFFF) | ((0 - ((bits >> 1) & 1)) << 16)
+        high = ((0 - ((bits >> 2) & 1)) & 0xFFFF) | ((0 - ((bits >> 3) & 1)) << 16)
+        mask = low.to(tl.uint32).to(tl.int64) | (high.to(tl.int64) << 32)
+        q = tl.load(xq + offset[:, None] + c, mask=c < D // 4, other=0, eviction_policy="evict_first")
+        tl.store(kept + row[:, None] * (D // 4) + c, q & mask, mask=inside[:, None] & (c < D // 4))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _topk_network(
-    xq, x, values, indices, dense, table, dims, n_rows, n1, n2, s0, s1, s2,
+    xq, x, values, indices, dense, kept, table, dims, n_rows, n1, n2, s0, s1, s2,
     N1: tl.constexpr, N2: tl.constexpr, LEVELS: tl.constexpr,
     D: tl.constexpr, NQ: tl.constexpr, K: tl.constexpr, W: tl.constexpr, NAN: tl.constexpr,
     RD: tl.constexpr, RDP: tl.constexpr, PREFIX: tl.constexpr, WHOLE: tl.constexpr,
-    R: tl.constexpr, SHORT: tl.constexpr, SHARED: tl.constexpr,
+    R: tl.constexpr, SHORT: tl.constexpr, SHARED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     first, i, inside = _tile(n_rows, R, SHORT)
     # No load needs a mask: in a short tile rows past the end read the last row again.
@@ -415,6 +443,9 @@ def _topk_network(
     top = _network(xq, offset, table, D, NQ, K, NAN, RD, PREFIX, WHOLE, R, SHARED)
     if W < K:
         top = _part(_sort_bitonic(top), 0, W)
+    if KEPT:
+        _store_kept(xq, offset, kept, (first + i).to(tl.int64), inside, top, table, D, NQ, W, RD, PREFIX, R)
+    if W < K:
         for _ in tl.static_range(W, K):
             top = top + (tl.zeros((R,), tl.uint32),)
 
@@ -434,10 +465,11 @@ def _topk_network(
 
 @triton.jit(do_not_specialize=SIZES)
 def _topk_select(
-    x, values, indices, dense, place_of, dims, n_rows, n1, n2, s0, s1, s2,
+    x, values, indices, dense, kept, place_of, dims, n_rows, n1, n2, s0, s1, s2,
     N1: tl.constexpr, N2: tl.constexpr, LEVELS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, INF: tl.constexpr, BITS: tl.constexpr,
     RD: tl.constexpr, RDP: tl.constexpr, PREFIX: tl.constexpr, R: tl.constexpr, SHORT: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     first, i, inside = _tile(n_rows, R, SHORT)
     start, offset = _row_offsets(i, first, n1, n2, s0, s1, s2, N1, N2, LEVELS)
@@ -470,6 +502,8 @@ def _topk_select(
     keep = inside[:, None] & chosen
     tl.store(values + row * W + place, bits, mask=keep)
     tl.store(indices + row * W + place, tl.zeros((R, DP), tl.int32) + c, mask=keep)
+    if KEPT:
+        tl.store(kept + row * D + c, tl.where(chosen | ~takes_part, bits, 0), mask=inside[:, None] & (c < D))
     if RD > 0:
         _copy_dense(x + start, dense, dims, offset, (first + i).to(tl.int64), inside, RD, RDP, PREFIX)
 
@@ -597,14 +631,28 @@ def topk(
     Raises:
         NotImplementedError: float64; kernel="network" where it does not fit.
     """
+    return _topk(x, topk, dense_dims, False, kernel, tuning)[:3]
+
+
+def topk_kept(
+    x: Tensor, topk: int, dense_dims: tuple[int, ...], *, kernel: str = "auto", **tuning: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`topk`, and in the same pass the rows (..., d) with zeros at the features that were not kept."""
+    return _topk(x, topk, dense_dims, True, kernel, tuning)
+
+
+def _topk(
+    x: Tensor, topk: int, dense_dims: tuple[int, ...], with_kept: bool, kernel: str, tuning: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, "x")
     d, r = x.shape[-1], len(dense_dims)
     w = min(topk, d - r)
     values = x.new_empty(*x.shape[:-1], w)
     indices = x.new_empty(*x.shape[:-1], w, dtype=torch.uint8 if d <= 256 else torch.int16)
     dense = x.new_empty(*x.shape[:-1], r)
+    kept = x.new_empty(x.shape if with_kept else 0)
     if values.numel() == 0:
-        return values, indices, dense
+        return values, indices, dense, kept
     rows = _rows_of(x.detach())
     x = rows.x
     fits = _network_fits(rows, w)
@@ -625,7 +673,8 @@ def topk(
         "RD": r,
         "RDP": _next_power_of_2(r),
         "PREFIX": prefix,
-        "x": x,
+        "KEPT": with_kept,
+        "x": _as_bits(x),
     }
     if kernel != "select" and fits:
         taken = set(dense_dims)
@@ -642,6 +691,7 @@ def topk(
             tile=tile,
             warps=warps,
             xq=quads,
+            kept=_quads_of(kept) if with_kept else quads,
             table=indices if prefix else _excluded_table(dense_dims, d // 4, x.device),
             NQ=_next_power_of_2(d // 4),
             K=_next_power_of_2(w),
@@ -649,7 +699,7 @@ def topk(
             WHOLE=whole,
             SHARED=shared,
             **_row_arguments(rows, tile, 4),
-            **(common | {"x": _as_bits(x)}),
+            **common,
         )
     else:
         width = _next_power_of_2(d)
@@ -659,14 +709,15 @@ def topk(
             _topk_select,
             tile=tile,
             warps=warps,
+            kept=_as_bits(kept) if with_kept else values,
             place_of=indices if prefix else _place_table(dense_dims, d, x.device),
             DP=width,
             INF=_INF[x.dtype],
             BITS=_BITS[x.dtype],
             **_row_arguments(rows, tile, 1),
-            **(common | {"x": _as_bits(x)}),
+            **common,
         )
-    return values, indices, dense
+    return values, indices, dense, kept
 
 
 def _quads_of(x: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""The differentiable attention operator over codes that the fused implementations share.
+
+Saved for backward: the codes, v, out and lse; never a dense q or k of a sparse side, never an n x n matrix (a bool mask
+is n x n where the caller gives one). An implementation sees expanded rows: `sdpa`, or `triton_forward` and
+`triton_backward`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .impl import sdpa
+
+
+@torch.library.custom_op("flash_sfa::attention", mutates_args=())
+def attention(
+    q: Tensor, q_indices: Tensor | None, q_dense: Tensor | None, q_rows: Tensor | None,
+    k: Tensor, k_indices: Tensor | None, k_dense: Tensor | None, k_rows: Tensor | None,
+    v: Tensor, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
+    dim: int, q_dense_dims: Sequence[int], k_dense_dims: Sequence[int], left: int, right: int, softmax_scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, drop: bool, dropout_p: float, return_lse: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k: code values, or the dense rows where indices is None; q_rows, k_rows: the expanded codes where known.
+
+    Returns out (as v), lse (b, hq, sq) and marks of non-finite values for the backward. With cu_seqlens the batch
+    dimension is 1 and the sequences lie one after another. ``drop``: a pair without a common feature weighs nothing.
+    """
+    sides = (q, q_indices, q_dense, q_rows, q_dense_dims), (k, k_indices, k_dense, k_rows, k_dense_dims)
+    rows_q, rows_k = (_rows(*side, dim) for side in sides)
+    packed = cu_seqlens_q, cu_seqlens_k
+    bad = _scan(q, k, [q_dense, k_dense], q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+    if impl == "triton":
+        from .impl import triton_forward
+
+        members_q, members_k = (_members(*side, dim) if drop else None for side in sides)
+        options = triton_forward.Options(
+            left, right, softmax_scale, attn_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            members_q, members_k, dropout_p, seed,
+        )  # fmt: skip
+        return *triton_forward.forward(rows_q, rows_k, v, bad, options), bad
+    return *sdpa.forward(rows_q, rows_k, v, bad, attn_mask, packed, (left, right), softmax_scale), bad
+
+
+@attention.register_fake
+def _(q: Tensor, qi: Any, qd: Any, qr: Any, k: Tensor, ki: Any, kd: Any, kr: Any, v: Tensor, *rest: Any) -> Any:
+    b, sq, hq = q.shape[:3]
+    lse = v.new_empty(b, hq, sq, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
+    sequences = b if rest[1] is None else rest[1].shape[0] - 1
+    marked = v.is_cuda and ops.triton_missing() is None
+    bad = v.new_empty(2 + sequences * k.shape[2] if marked else 0, dtype=torch.int32)
+    return v.new_empty(b, sq, hq, v.shape[-1]), lse, bad
+
+
+@torch.library.custom_op("flash_sfa::attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, bad: Tensor,
+    q: Tensor, q_indices: Tensor | None, q_dense: Tensor | None,
+    k: Tensor, k_indices: Tensor | None, k_dense: Tensor | None,
+    v: Tensor, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
+    dim: int, q_dense_dims: Sequence[int], k_dense_dims: Sequence[int], left: int, right: int, softmax_scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, drop: bool, dropout_p: float, return_lse: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, q_dense, k, k_dense, v; of codes only at the kept coordinates."""
+    sides = (q, q_indices, q_dense, None, q_dense_dims), (k, k_indices, k_dense, None, k_dense_dims)
+    rows_q, rows_k = (_rows(*side, dim) for side in sides)
+    packed = cu_seqlens_q, cu_seqlens_k
+    used_grad_lse = grad_lse if return_lse else None
+    if impl == "triton":
+        from .impl import triton_backward, triton_forward
+
+        members_q, members_k = (_members(*side, dim) if drop else None for side in sides)
+        options = triton_forward.Options(
+            left, right, softmax_scale, attn_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            members_q, members_k, dropout_p, seed,
+        )  # fmt: skip
+        dq, dk, dv = triton_backward.backward(grad_out, used_grad_lse, rows_q, rows_k, v, out, lse, bad, options)
+    else:
+        dq, dk, dv = sdpa.backward(
+            grad_out, used_grad_lse, out, lse, bad, rows_q, rows_k, v, attn_mask, packed, (left, right), softmax_scale
+        )
+    return *_code_grad(dq, q_indices, q_dense_dims), *_code_grad(dk, k_indices, k_dense_dims), dv.contiguous()
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Any, out: Any, lse: Any, bad: Any,
+    q: Tensor, q_indices: Any, q_dense: Any, k: Tensor, k_indices: Any, k_dense: Any, v: Tensor, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    def like(x: Tensor | None, default: Tensor) -> Tensor:
+        return default.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return like(q, q), like(q_dense, q), like(k, k), like(k_dense, k), like(v, v)
+
+
+def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, qi, qd, _, k, ki, kd, _, *others = inputs[:13]
+    ctx.save_for_backward(q, qi, qd, k, ki, kd, *others, *output)
+    ctx.options = inputs[13:]
+    ctx.mark_non_differentiable(output[2])
+
+
+def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple:
+    *inputs, out, lse, bad = ctx.saved_tensors
+    dq, dq_dense, dk, dk_dense, dv = attention_backward(grad_out, grad_lse, out, lse, bad, *inputs, *ctx.options)
+    q_dense, k_dense = inputs[2], inputs[5]
+    return (
+        dq, None, None if q_dense is None else dq_dense, None,
+        dk, None, None if k_dense is None else dk_dense, None,
+        dv, *[None] * 16,
+    )  # fmt: skip
+
+
+attention.register_autograd(_autograd, setup_context=_context)
+
+
+def _scan(q: Tensor, k: Tensor, dense: list[Tensor | None], sequences: int) -> Tensor:
+    """Marks of non-finite values in q and k, where Triton mends what they spoil."""
+    if not q.is_cuda or ops.triton_missing() is not None:
+        return torch.zeros(0, dtype=torch.int32, device=q.device)
+    from .impl import triton_forward
+
+    parts = [x for x in (q, k, *dense) if x is not None and x.numel() > 0]
+    return triton_forward.scan(q.device, parts, sequences * k.shape[2])
+
+
+def _rows(
+    values: Tensor, indices: Tensor | None, dense: Tensor | None, rows: Tensor | None, dims: Sequence[int], dim: int
+) -> Tensor:
+    if rows is not None:
+        return rows
+    if indices is None or dense is None:
+        return values
+    return ops.expand(values, indices, dense, dim, dims, "auto")
+
+
+def _members(
+    values: Tensor, indices: Tensor | None, dense: Tensor | None, _: Any, dims: Sequence[int], dim: int
+) -> Tensor:
+    """Rows that are not zero where a code keeps a feature."""
+    if indices is None or dense is None:
+        raise ValueError("drop needs two codes")
+    return ops.expand(torch.ones_like(values), indices, torch.ones_like(dense), dim, dims, "auto")
+
+
+def _code_grad(grad: Tensor, indices: Tensor | None, dense_dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    if indices is None:
+        return grad.contiguous(), grad.new_empty(0)
+    return ops.gather(grad, indices, dense_dims, "auto")
