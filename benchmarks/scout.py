@@ -174,7 +174,7 @@ def table(rows_file: Path) -> str:
         ]
     dense: dict[str, float] = {}
     for family, name, row, *_ in lines:
-        if name.endswith("-dense") and "partial" not in name and row["val"]:
+        if "-dense" in name and "partial" not in name and row["val"]:
             dense[family] = min(row["val"]["all"], dense.get(family, 1e9))
     lines.sort(key=lambda line: (line[0], line[2]["val"].get("all", 0.0)))
     out = [
