@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--topk", type=int, nargs="+", default=[8])
+    parser.add_argument("--impls", nargs="+", default=["dense_cudnn", "dense_fa2", "mask_cudnn", "auto"])
+    parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     max_err = check()
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,9 +86,10 @@ def main() -> None:
             ]
             for topk in args.topk:
                 cases.append(("mask_cudnn", topk, functools.partial(mask_cudnn, topk)))
-                ours: Any = functools.partial(sfa_attention, topk=topk, causal=True)
-                cases.append(("auto", topk, ours))
-            for name, topk, fn in cases:
+                for impl in ("auto", "triton"):
+                    ours: Any = functools.partial(sfa_attention, topk=topk, causal=True, impl=impl)
+                    cases.append((impl, topk, ours))
+            for name, topk, fn in (case for case in cases if case[0] in args.impls):
                 calls = {
                     "attention_fwd": functools.partial(forward, fn, q, k, v),
                     "attention_fwdbwd": functools.partial(forward_backward, fn, q, k, v, grad),
@@ -102,10 +105,10 @@ def main() -> None:
                     }  # fmt: skip
                     if topk is not None:
                         row |= {"topk": topk, "dense_dims": 0}
-                    if name == "auto":
+                    if name in ("auto", "triton"):
                         row["max_err"] = max_err
                     try:
-                        row |= time_ms(call, repeats=10)
+                        row |= time_ms(call, repeats=args.repeats)
                         row["peak_bytes"] = torch.cuda.max_memory_allocated()
                     except Exception as error:
                         row["error"] = f"{type(error).__name__}: {error}"[:300]
