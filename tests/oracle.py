@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from flash_sfa import SparseCode, sfa_attention
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# What pytest.mark.parametrize("device", ...) takes.
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 @contextmanager
@@ -39,7 +42,7 @@ def poisoned() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the grid. topk: an int, "d" for the whole row, or a pair."""
+    """One point of the grid. topk: an int, "d" for the whole row, or a pair. scale: None for d ** -0.5."""
 
     lengths: tuple[int, int] = (63, 63)
     heads: tuple[int, int] = (4, 4)
@@ -52,6 +55,7 @@ class Case:
     layout: str = "plain"
     dtype: torch.dtype = FP32
     batch: int = 2
+    scale: float | None = None
 
     @property
     def pair(self) -> tuple[int | None, int | None]:
@@ -85,6 +89,8 @@ class Case:
             "nonoverlap": self.nonoverlap,
             "attn_mask": mask,
         }
+        if self.scale is not None:
+            out["softmax_scale"] = self.scale
         if self.sees.startswith("causal"):
             out |= {"causal": True, "window_size": (self.window[0], 5 if self.sees == "causal_window" else -1)}
         elif self.window != (-1, -1):
@@ -95,7 +101,8 @@ class Case:
         (sq, sk), (hq, hkv) = self.lengths, self.heads
         topk = "-".join(map(str, self.topk)) if isinstance(self.topk, tuple) else self.topk
         parts = (f"{sq}x{sk}", f"h{hq}-{hkv}", f"d{self.d}", f"dv{self.dv}", f"k{topk}", self.dense, self.sees)
-        return "/".join((*parts, self.nonoverlap, self.layout, str(self.dtype)[6:]))
+        scale = () if self.scale is None else (f"scale{self.scale}",)
+        return "/".join((*parts, self.nonoverlap, self.layout, str(self.dtype)[6:], *scale))
 
 
 AXES: dict[str, tuple] = {
@@ -121,6 +128,8 @@ EXTRA = (
     Case((63, 113), (4, 2), 320, 80, 16, sees="causal", dtype=BF16),
     Case((63, 63), (8, 1), 64, 64, 8, "named", sees="causal", dtype=FP64),
     Case((37, 63), (4, 2), 60, 80, 2, sees="window", nonoverlap="drop", dtype=FP64),
+    Case((63, 63), (4, 4), 64, 64, (16, 4), scale=0.5),
+    Case((63, 63), (4, 2), 64, 64, 8, "first", sees="causal", dtype=BF16, scale=0.5),
 )
 
 
@@ -170,7 +179,8 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     if case.sees in ("key_mask", "causal_mask"):
         mask = (torch.rand(b, 1, 1, sk, generator=gen) > 0.4).to(device)
     elif case.sees in ("full_mask", "window_full_mask"):
-        mask = (torch.rand(b, hq, sq, sk, generator=gen) > 0.6).to(device)
+        batch = (b,) if case.sees == "full_mask" else ()  # of three dimensions the other time
+        mask = (torch.rand(*batch, hq, sq, sk, generator=gen) > 0.6).to(device)
     grad = torch.randn(b, sq, hq, case.dv, generator=gen).to(case.dtype).to(device)
     return Inputs(q, k, v, grad, torch.randn(b, hq, sq, generator=gen).to(device), mask)
 
@@ -272,8 +282,9 @@ def oracle(
 
 
 def torch_math(
-    q: Tensor, k: Tensor, v: Tensor, kept_q: Tensor, kept_k: Tensor, seen: Tensor, grad: Tensor, *, drop: bool = False
-) -> Result:
+    q: Tensor, k: Tensor, v: Tensor, kept_q: Tensor, kept_k: Tensor, seen: Tensor, grad: Tensor, *, drop: bool = False,
+    scale: float | None = None,
+) -> Result:  # fmt: skip
     """The comparator: PyTorch's own attention, math backend, in the dtype of the inputs, on expanded codes."""
     q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q * kept_q, k * kept_k, v))
     seen = seen.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
@@ -282,7 +293,7 @@ def torch_math(
         seen = seen & (torch.einsum("bihd,bjhd->bhij", kept_q.float(), kept_of.float()) > 0)
     empty = ~seen.any(-1, keepdim=True)
     with sdpa_kernel(SDPBackend.MATH):
-        out = scaled_dot_product_attention(q, k, v, attn_mask=seen | empty, enable_gqa=True)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=seen | empty, scale=scale, enable_gqa=True)
     out = out.masked_fill(empty, 0.0).transpose(1, 2)
     dq, dk, dv = (x.transpose(1, 2) for x in torch.autograd.grad(out, (q, k, v), grad))
     return Result(out.detach(), out.new_empty(0), dq * kept_q, dk * kept_k, dv)
@@ -340,8 +351,8 @@ def check_case(case: Case, impl: str, device: str = "cpu", seed: int = 0) -> Non
     kept = [members(t, entry, case.dims) for t, entry in zip((x.q, x.k), case.pair)]
     seen = visible(*case.lengths, case.window, x.mask, device)
     arguments = (x.q, x.k, x.v, *kept, seen, x.grad)
-    drop = case.nonoverlap == "drop"
-    exact, comparator = oracle(*arguments, drop=drop), torch_math(*arguments, drop=drop)
+    how: dict[str, Any] = {"drop": case.nonoverlap == "drop", "scale": case.scale}
+    exact, comparator = oracle(*arguments, **how), torch_math(*arguments, **how)
     q, k, v = wrt = leaves(x.q, x.k, x.v)
     with poisoned():
         out, lse = sfa_attention(q, k, v, **case.options(x.mask), return_lse=True, impl=impl)

@@ -1,4 +1,4 @@
-"""Rules of sfa_attention that the grid does not reach: lse's gradient, dropout, non-finite rows, precision."""
+"""Rules of sfa_attention that the grid does not reach: lse's gradient, dropout, non-finite rows, scales, precision."""
 
 import math
 import sys
@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from flash_sfa import SparseCode, sfa_attention, topk_sparsify
+from flash_sfa import SparseCode, select_impl, sfa_attention, topk_sparsify
+from flash_sfa.impl import sdpa
 from oracle import (
+    AXES,
     BF16,
+    DEVICES,
     FP16,
     FP32,
     FP64,
@@ -179,15 +184,83 @@ def test_large_scores(size: float, impl: str) -> None:
     assert ((lse - exact.lse).abs() <= 1e-5 * (1 + exact.lse.abs())).all()
 
 
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    case=st.builds(
+        Case,
+        lengths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+        heads=st.sampled_from([(1, 1), (4, 2), (4, 1), (3, 3)]),
+        d=st.sampled_from([5, 8, 20, 33]),
+        dv=st.sampled_from([1, 8, 17]),
+        topk=st.sampled_from([1, 2, 5, 40, "d", (None, 2), (3, None), (2, 4)]),
+        dense=st.sampled_from(AXES["dense"]),
+        sees=st.sampled_from(AXES["sees"]),
+        nonoverlap=st.sampled_from(AXES["nonoverlap"]),
+        dtype=st.sampled_from([FP32, FP64]),
+        scale=st.sampled_from([None, 0.5]),
+    )
+)
+def test_random_calls(case: Case) -> None:
+    """Shapes that no kernel is made for, through what auto chooses."""
+    x = make_inputs(case)
+    kept = [members(t, entry, case.dims) for t, entry in zip((x.q, x.k), case.pair)]
+    seen = visible(*case.lengths, case.window, x.mask)
+    exact = oracle(x.q, x.k, x.v, *kept, seen, x.grad, drop=case.nonoverlap == "drop", scale=case.scale)
+    wrt = leaves(x.q, x.k, x.v)
+    with poisoned():
+        out, lse = sfa_attention(*wrt, **case.options(x.mask), return_lse=True)
+        out.backward(x.grad)
+    tolerance = 1e-11 if case.dtype == FP64 else 2e-5
+    for name, ours in {"out": out, "lse": lse, "dq": wrt[0].grad, "dk": wrt[1].grad, "dv": wrt[2].grad}.items():
+        assert ours is not None
+        torch.testing.assert_close(
+            ours.double(), getattr(exact, name), atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_softmax_scale(impl: str) -> None:
+def test_softmax_scale(impl: str, device: str) -> None:
     """The default is d ** -0.5 whatever topk is; the scale acts after top-k; zero and negative scales work."""
-    q, k, v = (torch.randn(1, 9, 2, 32) for _ in range(3))
+    q, k, v = (torch.randn(1, 9, 2, 32).to(device) for _ in range(3))
     kept = [members(t, 4) for t in (q, k)]
     for scale in (None, 0.0, -0.5, 3):
         out = sfa_attention(q, k, v, topk=4, softmax_scale=scale, impl=impl)
-        exact = oracle(q, k, v, *kept, visible(9, 9, (-1, -1)), torch.zeros_like(out), scale=scale)
-        torch.testing.assert_close(out.double(), exact.out, atol=2e-6, rtol=1e-5)
+        seen = visible(9, 9, (-1, -1), device=device)
+        exact = oracle(q, k, v, *kept, seen, torch.zeros_like(out), scale=scale)
+        torch.testing.assert_close(out.double(), exact.out, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    scale=st.sampled_from([-1.0, 0.0, 1e-3, 2.0]),
+    causal=st.booleans(),
+    lengths=st.tuples(st.integers(1, 33), st.integers(1, 33)),
+    heads=st.sampled_from([(1, 1), (4, 2)]),
+    topk=st.sampled_from([1, 3, 16, (None, 3)]),
+    dtype=st.sampled_from([FP32, FP64]),
+    impl=st.sampled_from(["sdpa", "auto"]),
+    seed=st.integers(0, 9),
+)
+def test_any_scale_equals_the_reference_in_float64(
+    scale: float, causal: bool, lengths: tuple[int, int], heads: tuple[int, int], topk: Any, dtype: torch.dtype,
+    impl: str, seed: int,
+) -> None:  # fmt: skip
+    """Out, lse and gradients of all three, lse's part included."""
+    x = make_inputs(Case(lengths, heads, 16, 8, batch=1, dtype=dtype), seed=seed)
+    options = {"topk": topk, "causal": causal, "softmax_scale": scale, "return_lse": True}
+
+    def run(to: torch.dtype, impl: str) -> list[Tensor]:
+        wrt = leaves(*(t.to(to) for t in (x.q, x.k, x.v)))
+        out, lse = sfa_attention(*wrt, **options, impl=impl)
+        (out * x.grad).sum().add((lse * x.grad_lse).where(lse > -torch.inf, 0.0).sum()).backward()
+        return [out.detach(), lse.detach(), *(t.grad for t in wrt if t.grad is not None)]
+
+    ours, exact = run(dtype, impl), run(FP64, "reference")
+    tolerance = 1e-11 if dtype == FP64 else 2e-5
+    assert len(ours) == 5
+    for name, a, e in zip(("out", "lse", "dq", "dk", "dv"), ours, exact):
+        torch.testing.assert_close(a.double(), e, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("nonoverlap", ("zero", "drop"))
@@ -318,3 +391,173 @@ def test_meta_tensors_have_shapes() -> None:
     assert out.is_meta
     with pytest.raises(NotImplementedError, match="meta"):
         sfa_attention(q, k, v, topk=4, impl="sdpa")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("causal", (True, False))
+def test_full_topk_equals_dense_attention(causal: bool, impl: str) -> None:
+    q, k, v = (torch.randn(2, 33, 4, 32) for _ in range(3))
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    dense = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal)
+    for topk in (32, 99):
+        out = sfa_attention(q, k, v, topk=topk, causal=causal, impl=impl)
+        torch.testing.assert_close(out, dense.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", ({"causal": True}, {"nonoverlap": "drop"}, {"window_size": (1, 0)}), ids=str)
+def test_gradcheck(options: dict[str, Any], impl: str) -> None:
+    """Numerical gradients of out and lse in the values of the codes and in v."""
+    if impl == "sdpa" and "nonoverlap" in options:
+        pytest.skip("sdpa cannot drop")
+    q, k, v = (torch.randn(1, 5, 2, 6, dtype=FP64) for _ in range(3))
+    codes = [topk_sparsify(x, 2) for x in (q, k)]
+
+    def call(q_values: Tensor, k_values: Tensor, v: Tensor) -> Any:
+        sides = (SparseCode(x, code.indices, dim=6) for x, code in zip((q_values, k_values), codes))
+        return sfa_attention(*sides, v, return_lse=True, impl=impl, **options)
+
+    assert torch.autograd.gradcheck(call, leaves(*(code.values for code in codes), v))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_future_token_changes_no_past_output(impl: str) -> None:
+    q, k, v = (torch.randn(1, 20, 2, 16) for _ in range(3))
+    before = sfa_attention(q, k, v, topk=3, causal=True, impl=impl)
+    k[:, 12:], v[:, 12:] = 99.0, -99.0
+    after = sfa_attention(q, k, v, topk=3, causal=True, impl=impl)
+    assert torch.equal(before[:, :12], after[:, :12]) and not torch.equal(before[:, 12:], after[:, 12:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_that_see_nothing_and_empty_sides(impl: str) -> None:
+    q, k, v = leaves(*(torch.randn(1, 6, 2, 8) for _ in range(3)))
+    mask = torch.arange(6)[:, None] != 2
+    out, lse = sfa_attention(q, k, v, topk=2, attn_mask=mask, return_lse=True, impl=impl)
+    assert not out[:, 2].any() and (lse[..., 2] == -torch.inf).all()
+    (out.sum() + lse.masked_fill(lse == -torch.inf, 0.0).sum()).backward()
+    assert q.grad is not None and not q.grad[:, 2].any()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
+    for sq, sk in ((0, 5), (5, 0)):
+        a, b = leaves(torch.randn(1, sq, 2, 8), torch.randn(1, sk, 2, 8))
+        out, lse = sfa_attention(a, b, b, topk=2, return_lse=True, impl=impl)
+        assert out.shape == (1, sq, 2, 8) and not out.any() and (lse == -torch.inf).all()
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_views_of_a_fused_projection(impl: str) -> None:
+    """All three gradients arrive in the one tensor."""
+    qkv = torch.randn(2, 13, 3, 4, 16, requires_grad=True)
+    sfa_attention(*qkv.unbind(2), topk=3, causal=True, impl=impl).square().sum().backward()
+    apart = leaves(*(x.detach().contiguous() for x in qkv.unbind(2)))
+    sfa_attention(*apart, topk=3, causal=True, impl=impl).square().sum().backward()
+    grads = [x.grad for x in apart if x.grad is not None]
+    torch.testing.assert_close(qkv.grad, torch.stack(grads, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_codes_as_input() -> None:
+    """A code brings its own topk and dense_dims, which may be repeated; topk is for the other side."""
+    q, k, v = torch.randn(1, 9, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
+    want = sfa_attention(q, k, v, topk=(4, 3), dense_dims=2)
+    qc, kc = topk_sparsify(q, 4, dense_dims=2), topk_sparsify(k, 3, dense_dims=2)
+    assert torch.equal(sfa_attention(qc, kc, v), want)
+    assert torch.equal(sfa_attention(qc, kc, v, topk=(4, 3), dense_dims=2), want)
+    with pytest.raises(ValueError, match="dense_dims"):
+        sfa_attention(qc, kc, v, dense_dims=3)
+    assert torch.equal(sfa_attention(q, kc, v, topk=4, dense_dims=2), want)
+    assert torch.equal(sfa_attention(qc, k, v, topk=(None, 3), dense_dims=2), want)
+    torch.testing.assert_close(sfa_attention(q, kc, v), sfa_attention(q, k, v, topk=(None, 3), dense_dims=2))
+
+
+def test_drop_counts_stored_zeros_as_members() -> None:
+    q = SparseCode(torch.ones(1, 1, 1, 1), torch.tensor([[[[2]]]], dtype=torch.uint8), dim=4)
+    k = SparseCode(torch.zeros(1, 2, 1, 1), torch.tensor([2, 3], dtype=torch.uint8).view(1, 2, 1, 1), dim=4)
+    v = torch.tensor([1.0, 5.0]).view(1, 2, 1, 1)
+    assert sfa_attention(q, k, v, nonoverlap="drop").item() == 1.0
+    assert sfa_attention(q, k, v, nonoverlap="zero").item() == 3.0
+    out, lse = sfa_attention(q, k.map(lambda x: x[:, 1:]), v[:, 1:], nonoverlap="drop", return_lse=True)
+    assert out.item() == 0.0 and lse.item() == -torch.inf
+
+
+def test_autocast_ranks_in_the_autocast_dtype() -> None:
+    q, k, v = (torch.randn(1, 30, 2, 64) for _ in range(3))
+    q[..., 1] = q[..., 0] * (1 + 2**-12)  # equal in bf16, so the lower feature wins there
+    low = [x.bfloat16() for x in (q, k, v)]
+    q.requires_grad_()
+    with torch.autocast("cpu", BF16):
+        out = sfa_attention(q, k, v, topk=3, causal=True)
+        code = topk_sparsify(q, 3)
+    assert torch.equal(out, sfa_attention(*low, topk=3, causal=True))
+    assert torch.equal(code.indices, topk_sparsify(low[0], 3).indices)
+    assert not torch.equal(code.indices, topk_sparsify(q, 3).indices)
+    out.sum().backward()
+    assert q.grad is not None and q.grad.dtype == FP32 and q.grad.any()
+
+
+def test_double_backward_raises() -> None:
+    q, k, v = leaves(*(torch.randn(1, 5, 2, 8) for _ in range(3)))
+    out = sfa_attention(q, k, v, topk=2, impl="sdpa")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.autograd.grad(grad.sum(), k)
+
+
+def test_select_impl_tells_and_auto_follows() -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    assert select_impl(q, k, v, topk=2)["forward"] == "sdpa"
+    for options in ({"nonoverlap": "drop"}, {"dropout_p": 0.1}):
+        choice = select_impl(q, k, v, topk=2, **options)
+        assert choice["forward"] == choice["backward"] == "reference" and "sdpa" in choice["reason"]
+        results = []
+        for impl in ("auto", "reference"):
+            torch.manual_seed(3)
+            results.append(sfa_attention(q, k, v, topk=2, impl=impl, **options))
+        assert torch.equal(*results)
+    assert select_impl(q, k, v, topk=2, nonoverlap="drop", dense_dims=1)["forward"] == "sdpa"
+    assert select_impl(q, k, v, topk=2, impl="reference")["forward"] == "reference"
+
+
+def test_exact_implementations_accept_tolerance_and_deterministic() -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    want = sfa_attention(q, k, v, topk=2)
+    for impl in IMPLS:
+        torch.testing.assert_close(sfa_attention(q, k, v, topk=2, tolerance=0.5, deterministic=True, impl=impl), want)
+
+
+@pytest.mark.parametrize("shape", ((2, 6, 3), (3, 2, 1)))
+def test_large_cudnn_backward_goes_by_parts(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halving over kv heads or the batch gives every part its own rows, and puts them back in order."""
+    b, hq, hkv = shape
+    q, k, v = torch.randn(b, hq, 5, 8), torch.randn(b, hkv, 5, 8), torch.randn(b, hkv, 5, 8)
+    out, lse = torch.randn(b, hq, 5, 8), torch.randn(b, hq, 5)
+    calls: list[int] = []
+
+    def kernel(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *_: Any, **__: Any) -> Any:
+        assert q.shape[1] // k.shape[1] == hq // hkv and lse.shape == (*q.shape[:3], 1)
+        calls.append(q.numel())
+        return q + grad_out + out + lse, 2 * k, 3 * v
+
+    kernels = type("", (), {"_scaled_dot_product_cudnn_attention_backward": staticmethod(kernel)})
+    monkeypatch.setattr(sdpa, "aten", kernels)
+    whole = sdpa._cudnn_backward([q, q, k, v, out, lse], True, 1.0)
+    monkeypatch.setattr(sdpa, "_CUDNN_ELEMENTS", q.numel() // 2)
+    parts = sdpa._cudnn_backward([q, q, k, v, out, lse], True, 1.0)
+    assert len(calls) > 2 and all(torch.equal(x, y) for x, y in zip(whole, parts))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_on_the_device(device: str) -> None:
+    """On CUDA with the default backend, whose compiled code runs there; test_compile.py has the CPU's cases."""
+    torch._dynamo.reset()
+    inputs = leaves(*(torch.randn(2, 128, h, 64).bfloat16().to(device) for h in (4, 2, 2)))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sfa_attention(q, k, v, topk=8, causal=True)
+
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    eager, compiled = call(*inputs), torch.compile(call, fullgraph=True, backend=backend)(*inputs)
+    torch.testing.assert_close(compiled, eager, atol=2e-2, rtol=2e-2)
+    wanted, got = (torch.autograd.grad(out.float().square().sum(), inputs) for out in (eager, compiled))
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flash_sfa import SparseCode, topk_sparsify
-from oracle import BF16, FP16, FP32, FP64, kept_features, members, members_of_code, poisoned
+from oracle import BF16, DEVICES, FP16, FP32, FP64, kept_features, members, members_of_code, poisoned
 
 NAN, INF = math.nan, math.inf
 DTYPES = (BF16, FP16, FP32, FP64)
@@ -45,10 +45,11 @@ def check(x: Tensor, topk: int, dense_dims: Any = 0) -> SparseCode:
     return code
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", (1, 3, 32, 60, 64, 80, 96, 128, 256, 257, 300))
-def test_selection(d: int, dtype: torch.dtype) -> None:
-    x = rows(2, 5, 3, d, dtype=dtype)
+@pytest.mark.parametrize("d", (1, 3, 32, 60, 64, 80, 96, 128, 256, 257, 300, 512))
+def test_selection(d: int, dtype: torch.dtype, device: str) -> None:
+    x = rows(2, 5, 3, d, dtype=dtype).to(device)
     for topk in (1, 2, 7, 8, 16, d, d + 5):
         check(x, topk)
         if d > 4:
@@ -65,6 +66,7 @@ def test_wide_rows_have_int16_indices(d: int) -> None:
     assert code.indices[1, -2:].tolist() == [d - 2, d - 1]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("row", "topk", "kept"),
@@ -82,19 +84,22 @@ def test_wide_rows_have_int16_indices(d: int) -> None:
     ),
     ids=str,
 )
-def test_ties_go_to_the_lowest_feature(row: list[float], topk: int, kept: list[int], dtype: torch.dtype) -> None:
+def test_ties_go_to_the_lowest_feature(
+    row: list[float], topk: int, kept: list[int], dtype: torch.dtype, device: str
+) -> None:
     assert kept_features(row, topk) == kept
-    assert check(torch.tensor(row, dtype=dtype), topk).indices.tolist() == kept
+    assert check(torch.tensor(row, dtype=dtype, device=device), topk).indices.tolist() == kept
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", (BF16, FP16, FP32))
-def test_nans_of_every_kind_tie(dtype: torch.dtype) -> None:
+def test_nans_of_every_kind_tie(dtype: torch.dtype, device: str) -> None:
     bits = torch.int32 if dtype == FP32 else torch.int16
     x = torch.ones(6, dtype=dtype)
     x[[1, 3, 5]] = NAN
     x.view(bits)[3] += 1  # another payload
     x.view(bits)[1] |= torch.iinfo(bits).min  # the sign bit
-    assert check(x, 2).indices.tolist() == [1, 3]
+    assert check(x.to(device), 2).indices.tolist() == [1, 3]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -116,13 +121,14 @@ def test_bf16_selects_as_its_values_in_fp32() -> None:
     assert torch.equal(check(x, 8).indices, topk_sparsify(x.float(), 8).indices)
 
 
-def test_any_strides_and_leading_shape() -> None:
-    qkv = rows(2, 7, 3, 4, 32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_strides_and_leading_shape(device: str) -> None:
+    qkv = rows(2, 7, 3, 4, 32).to(device)
     for view in (qkv[:, :, 1], qkv[:, :, 2].transpose(1, 2), qkv[:, 1:5, 0], qkv[0, 0, 0, 0], qkv.transpose(1, 4)):
         check(view, 2)
-    check(rows(1, 32).expand(5, 32), 4)
-    check(rows(0, 3, 32), 4)
-    assert topk_sparsify(rows(0, 3, 32), 4).to_dense().shape == (0, 3, 32)
+    check(rows(1, 32).to(device).expand(5, 32), 4)
+    check(rows(0, 3, 32).to(device), 4)
+    assert topk_sparsify(rows(0, 3, 32).to(device), 4).to_dense().shape == (0, 3, 32)
 
 
 def test_inputs_stay_as_they_are() -> None:
@@ -144,10 +150,12 @@ def test_storage() -> None:
     assert "topk=8" in repr(code) and "(5,)" in repr(code)
 
 
-def test_padded_codes_expand_by_adding() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_padded_codes_expand_by_adding(device: str) -> None:
     values = torch.tensor([[3.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
     indices = torch.tensor([[0, 4, 4, 4], [5, 5, 5, 5]], dtype=torch.uint8)
-    code = SparseCode(values, indices, dim=6, dense=torch.tensor([[7.0], [8.0]]), dense_dims=[2])
+    dense = torch.tensor([[7.0], [8.0]])
+    code = SparseCode(values.to(device), indices.to(device), dim=6, dense=dense.to(device), dense_dims=[2])
     assert code.to_dense().tolist() == [[3, 0, 7, 0, 2, 0], [0, 0, 8, 0, 0, 1]]
     assert code.topk == 4
 
