@@ -5,7 +5,12 @@
 The queue is a YAML list of ``{name, recipe, set}``; ``recipe`` is relative to the queue file. Each run is a
 process of its own with one GPU (``--gpus cpu`` for none). A run that fails or outlasts ``--run-limit`` is
 noted and the next one starts. Start again with the same --out to go on: finished runs are kept, others
-restart (or resume where the recipe saves checkpoints).
+restart (or resume where the recipe saves checkpoints). On another machine, --done names files of rows from
+earlier: their complete runs are skipped.
+
+A run starts only if its estimated time fits in --budget: the time of a finished run of the same name but for
+the seed (...-s0), else the median of those that ran here; before any has finished, what the logs of the
+running ones say. A run that is still going when the budget ends is killed and leaves no row.
 
 Files in --out: rows.jsonl (results in order of finishing), status.json, table.txt, runs/NAME/, runs/NAME.log.
 """
@@ -15,7 +20,9 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -54,10 +61,20 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
     return list(entries)
 
 
+def read_rows(files: list[Path]) -> list[dict[str, Any]]:
+    """All rows of some files; a file that does not exist holds none."""
+    return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines() if line]
+
+
+def kind_of(name: str) -> str:
+    """The name without its seed: "hybrid-k8-s1" -> "hybrid-k8"."""
+    return re.sub(r"-s\d+$", "", name)
+
+
 class Scout:
     """The shared state of the worker threads."""
 
-    def __init__(self, out: Path, overrides: list[str], budget: float, run_limit: float) -> None:
+    def __init__(self, out: Path, overrides: list[str], budget: float, run_limit: float, done: list[Path]) -> None:
         self.out, self.overrides, self.budget, self.run_limit = out, overrides, budget, run_limit
         self.began = time.monotonic()
         self.lock = threading.Lock()
@@ -65,18 +82,38 @@ class Scout:
         self.done: list[str] = []
         self.failed: dict[str, str] = {}
         self.skipped: list[str] = []
-        self.durations: list[float] = []
+        self.durations: dict[str, float] = {}
         self.children: list[subprocess.Popen[bytes]] = []
         (out / "runs").mkdir(parents=True, exist_ok=True)
-        rows = out / "rows.jsonl"
-        self.have = {json.loads(line)["name"] for line in rows.read_text().splitlines()} if rows.exists() else set()
+        earlier = {row["name"] for row in read_rows(done) if row.get("complete")}
+        self.have = earlier | {row["name"] for row in read_rows([out / "rows.jsonl"])}
 
     def elapsed(self) -> float:
         return time.monotonic() - self.began
 
+    def estimate(self, name: str) -> float:
+        """Seconds a run will take; 0 where nothing is known yet."""
+        same = [t for other, t in self.durations.items() if kind_of(other) == kind_of(name)]
+        if same or self.durations:
+            return 1.03 * (same[-1] if same else statistics.median(self.durations.values()))
+        return max((self.progress(other, start) for other, start in self.running.items()), default=0.0)
+
+    def progress(self, name: str, start: float) -> float:
+        """What a running run will have taken at its end, from its log; 0 without one."""
+        log, recipe = (self.out / "runs" / name / file for file in ("log.jsonl", "recipe.json"))
+        try:
+            last = [e for e in map(json.loads, log.read_text().splitlines()) if "tokens_per_s" in e][-1]
+            left = json.loads(recipe.read_text())["train"]["tokens"] - last["tokens"]
+            return float(self.elapsed() - start + left / last["tokens_per_s"])
+        except (OSError, ValueError, IndexError, ZeroDivisionError):  # not there yet, or half a line
+            return 0.0
+
     def note(self) -> None:
         state = {
             "elapsed_s": round(self.elapsed()),
+            "budget_s": round(min(self.budget, 1e9)),
+            "expected_s": {name: round(self.progress(name, start)) for name, start in self.running.items()},
+            "took_s": {name: round(seconds) for name, seconds in self.durations.items()},
             "running": {name: round(self.elapsed() - start) for name, start in self.running.items()},
             "done": self.done,
             "failed": self.failed,
@@ -106,20 +143,21 @@ class Scout:
                 self.children.append(child)
                 self.running[name] = self.elapsed()
                 self.note()
+            limit = max(min(self.run_limit, self.budget - self.elapsed()), 0.0)
             try:
-                code = child.wait(timeout=self.run_limit)
+                code = child.wait(timeout=limit)
                 reason = "" if code == 0 else f"exit {code}"
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-                reason = f"killed after {self.run_limit:.0f} s"
+                reason = f"killed after {limit:.0f} s"
         with self.lock:
             self.children.remove(child)
             del self.running[name]
             if reason:
                 self.failed[name] = f"{reason}: {last_line(self.out / folder / f'{name}.log')}"
             else:
-                self.durations.append(time.monotonic() - began)
+                self.durations[name] = time.monotonic() - began
             self.note()
         return target / "row.json"
 
@@ -131,11 +169,10 @@ class Scout:
                 return
             name = entry["name"]
             with self.lock:
-                longest = max(self.durations, default=0.0)
                 if name in self.have:
                     self.done.append(name)
                     continue
-                if self.elapsed() + longest > self.budget:
+                if self.elapsed() + self.estimate(name) > self.budget:
                     self.skipped.append(name)
                     self.note()
                     continue
@@ -162,7 +199,7 @@ def last_line(path: Path) -> str:
 def table(rows_file: Path) -> str:
     """A short text table of rows.jsonl, best first within a family, with quantised rivals as rows of their
     own."""
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
+    rows = read_rows([rows_file])
     lines = []
     for row in rows:
         config = row["config"]
@@ -237,14 +274,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", default="0", help="comma-separated ids, or cpu")
     parser.add_argument("--per-gpu", type=int, default=1, help="runs at once on one GPU")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no run is started")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds for all runs together")
+    parser.add_argument(
+        "--done", type=Path, nargs="*", default=[], metavar="FILE", help="rows from earlier: those runs are skipped"
+    )
     parser.add_argument("--run-limit", type=float, default=900.0, help="seconds after which a run is killed")
     parser.add_argument("--only", default="", help="comma-separated names; the rest of the queue is left out")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="override for every run")
     parser.add_argument("--smoke", type=int, default=0, metavar="N", help="first try N entries for 40 steps")
     parser.add_argument("--unpack", action="append", default=[], metavar="TAR:DIR", help="extract first")
     args = parser.parse_args(argv)
-    scout = Scout(args.out, args.overrides, args.budget, args.run_limit)
+    scout = Scout(args.out, args.overrides, args.budget, args.run_limit, args.done)
 
     def stop(number: int, frame: object) -> None:
         for child in scout.children:

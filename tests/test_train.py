@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import lzma
+import queue
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -203,10 +205,10 @@ def test_recipes_in_the_repository_load() -> None:
     assert len(files) >= 5
     for file in files:
         load_recipe(file)
-    for queue in ROOT.glob("recipes/**/queue.yaml"):
-        for entry in yaml.safe_load(queue.read_text()):
+    for file in ROOT.glob("recipes/**/queue.yaml"):
+        for entry in yaml.safe_load(file.read_text()):
             sets = [f"{key}={json.dumps(value)}" for key, value in entry.get("set", {}).items()]
-            recipe = load_recipe(queue.parent / entry["recipe"], sets)
+            recipe = load_recipe(file.parent / entry["recipe"], sets)
             models.make_config(recipe, 50257)
 
 
@@ -229,6 +231,7 @@ def test_recipe_base_and_overrides(tmp_path: Path) -> None:
         ({"attention": {"kind": "dense", "topk_k": 4}}, "takes no"),
         ({"attention": {"kind": "narrow"}}, "qk_dim"),
         ({"attention": {"kind": "sfa", "topk_k": 0}}, "at least 1"),
+        ({"attention": {"kind": "sfa", "topk_k": 2, "v_dim": 4}}, "v_dim"),
         ({"train": {"batch": 8, "micro_batch": 3}}, "micro_batch"),
         ({"train": {"tokens": 5}}, "one step"),
     ],
@@ -336,6 +339,17 @@ def test_parameters_of_the_narrow_rival(data_root: Path) -> None:
         counts[family] = models.count_parameters(models.build_model(recipe, 100), recipe)[1]
     # rotary: q, k of 2 heads x 6, v and o of 32, mlp 85, three norms
     assert counts["rotary"] == 2 * 32 * 12 + 2 * 32 * 32 + 3 * 32 * 85 + 3 * 32
+    tree["model"]["family"] = "gpt2"
+    tree["attention"]["v_dim"] = 10
+    recipe = build_recipe(tree)
+    model = models.build_model(recipe, 100)
+    ids = torch.randint(0, 100, (2, 33))
+    mean_loss(model, ids[:, :-1], ids[:, 1:], False).backward()
+    unused = sum(int((p.grad == 0).sum()) for p in model.transformer.h.parameters() if p.grad is not None)
+    everything = sum(p.numel() for p in model.parameters())
+    # the bias of k never gets a gradient: it moves all scores of a row alike
+    counted = models.count_parameters(model, recipe)[0]
+    assert 0 <= unused - (everything - counted) <= 32 and everything - counted == 2 * 33 * (10 + 10 + 6) + 2 * 32 * 6
     # gpt2: the same with biases, mlp 128 twice, three norms with bias
     assert counts["gpt2"] == 33 * (12 + 12 + 32) + 33 * 32 + 33 * 128 + 129 * 32 + 6 * 32
 
@@ -437,12 +451,19 @@ def test_quantised_rivals_are_rows(data_root: Path, tmp_path: Path) -> None:
     assert one["val"]["all"] != row["val"]["all"]
 
 
-def test_scout_runs_a_queue_past_a_failure(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def scout() -> ModuleType:
     spec = importlib.util.spec_from_file_location("scout", ROOT / "benchmarks/scout.py")
     assert spec is not None and spec.loader is not None
-    scout = importlib.util.module_from_spec(spec)
-    sys.modules["scout"] = scout
-    spec.loader.exec_module(scout)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scout"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_scout_runs_a_queue_past_a_failure(
+    scout: ModuleType, data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import yaml
 
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(data_root)))
@@ -473,6 +494,31 @@ def test_scout_runs_a_queue_past_a_failure(data_root: Path, tmp_path: Path, caps
     assert scout.main([*arguments, "--budget", "0"]) == 0  # finished runs stay, nothing new is begun
     assert "not started: bad" in capsys.readouterr().out
     assert len((tmp_path / "out/rows.jsonl").read_text().splitlines()) == 2
+    # A fresh folder: complete rows from elsewhere are skipped, incomplete ones and missing files are not.
+    rows[1]["complete"] = False
+    (tmp_path / "earlier.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments[2] = str(tmp_path / "again")
+    scout.main([*arguments, "--done", str(tmp_path / "earlier.jsonl"), str(tmp_path / "none.jsonl")])
+    again = [json.loads(line) for line in (tmp_path / "again/rows.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in again] == ["two"]
+
+
+def test_scout_starts_only_what_its_estimate_lets_finish(scout: ModuleType, tmp_path: Path) -> None:
+    driver = scout.Scout(tmp_path, [], 100.0, 900.0, [])
+    assert driver.estimate("a-s0") == 0
+    driver.running["a-s0"] = driver.elapsed()
+    folder = tmp_path / "runs/a-s0"
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps({"train": {"tokens": 1000}}))
+    (folder / "log.jsonl").write_text('{"step": 1, "tokens": 200, "tokens_per_s": 10}\n')
+    assert driver.estimate("b-s0") == pytest.approx(80, abs=1)
+    driver.durations = {"a-s0": 10.0, "b-s0": 30.0, "c-s0": 20.0}
+    assert driver.estimate("b-s1") == pytest.approx(30.9) and driver.estimate("d-s0") == pytest.approx(20.6)
+    driver.budget = 25.0
+    jobs: queue.Queue[dict] = queue.Queue()
+    jobs.put({"name": "b-s1", "recipe": tmp_path / "none.yaml"})
+    driver.worker("cpu", jobs)
+    assert driver.skipped == ["b-s1"] and not driver.failed
 
 
 @pytest.mark.parametrize("family", ["gpt2", "rotary", "hybrid"])

@@ -21,7 +21,7 @@ class LayerAttention:
     """How one layer attends; read from ``module.sfa_train``.
 
     Attributes:
-        kind: "dense", "narrow" (the first qk_dim features of q and k only) or "sfa".
+        kind: "dense", "narrow" (the first qk_dim features of q and k, and v_dim of v, only) or "sfa".
         topk_q, topk_k: features kept a row beside dense_dims; None keeps the side dense.
         dense_dims: features that are always kept.
         path: "mask" or "op", for kind "sfa".
@@ -32,6 +32,7 @@ class LayerAttention:
 
     kind: str = "dense"
     qk_dim: int | None = None
+    v_dim: int | None = None
     topk_q: int | None = None
     topk_k: int | None = None
     dense_dims: tuple[int, ...] = ()
@@ -187,6 +188,9 @@ def train_attention(
     if at.kind == "narrow" and at.qk_dim is not None and at.qk_dim < q.shape[-1]:
         scaling = scaling * (q.shape[-1] / at.qk_dim) ** 0.5
         q, k = q[..., : at.qk_dim], k[..., : at.qk_dim]
+    dv = v.shape[-1]
+    if at.v_dim is not None:
+        v = v[..., : at.v_dim]
     if at.k_bits is not None:
         k = quantize_keys(k, at.k_bits)
     if at.observed is not None:
@@ -212,7 +216,10 @@ def train_attention(
             q = keep_topk(q, at.topk_q, at.dense_dims)
         if at.topk_k is not None:
             k = keep_topk(k, at.topk_k, at.dense_dims)
-    return _sdpa(q, k, v, scaling, sliding_window).transpose(1, 2), None
+    out = _sdpa(q, k, v, scaling, sliding_window)
+    if at.v_dim is not None:
+        out = F.pad(out, (0, dv - at.v_dim))
+    return out.transpose(1, 2), None
 
 
 @torch.no_grad()

@@ -121,6 +121,7 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
             LayerAttention(
                 kind=at.kind,
                 qk_dim=at.qk_dim,
+                v_dim=at.v_dim,
                 topk_q=at.topk_q,
                 topk_k=at.topk_k,
                 dense_dims=tuple(range(at.dense_dims)),
@@ -145,7 +146,8 @@ def attention_modules(model: nn.Module) -> list[Any]:
 def count_parameters(model: Any, recipe: Recipe) -> tuple[int, int]:
     """(all, without embeddings and positions); parameters that no output depends on are left out of both.
 
-    Those are the query and key columns beyond qk_dim that a fused projection still has.
+    Those are the query, key and value columns beyond qk_dim and v_dim that a projection still has, and the rows
+    of the output projection behind the latter.
     """
     total = sum(p.numel() for p in model.parameters())
     embeddings = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
@@ -156,4 +158,7 @@ def count_parameters(model: Any, recipe: Recipe) -> tuple[int, int]:
         heads = m.heads + (m.kv_heads or m.heads)
         chosen = sum(x.sfa_train.kind == "narrow" for x in attention_modules(model))
         dead = chosen * heads * (m.head_dim - at.qk_dim) * per_feature
+        if at.v_dim is not None:
+            dv = m.v_head_dim or m.head_dim
+            dead += chosen * (dv - at.v_dim) * ((m.kv_heads or m.heads) * per_feature + m.heads * m.width)
     return total - dead, total - dead - embeddings

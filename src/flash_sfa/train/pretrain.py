@@ -136,7 +136,7 @@ def cache_bytes(model: Any, recipe: Recipe) -> dict[str, Any]:
     The model's figure counts only layers whose cache grows with the context, so not a hybrid's windowed ones.
     """
     m = recipe.model
-    kv_heads, dv = m.kv_heads or m.heads, m.v_head_dim or m.head_dim
+    kv_heads, dv = m.kv_heads or m.heads, recipe.attention.v_dim or m.v_head_dim or m.head_dim
     chosen = [x for x in models.attention_modules(model) if _is_chosen(x, recipe)]
     k = key_bytes(m.head_dim, chosen[0].sfa_train)
     return {"k_bytes": k, "v_bytes": 2 * dv, "cache_bytes": len(chosen) * kv_heads * (k + 2 * dv)}
@@ -311,6 +311,7 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         model.save_pretrained(out / "model")
     row = {
         "bench": "pretrain",
+        "experiment": recipe.experiment,
         "name": recipe.name,
         "config": config,
         "seed": spec.seed,

@@ -40,12 +40,12 @@ class AttentionSpec:
     """How q and k are used: see ``flash_sfa.train.attention.LayerAttention``.
 
     dense_dims counts the always-on features from the first on. In the "hybrid" family kind applies to the
-    global
-    layers only, the others stay dense.
+    global layers only, the others stay dense. v_dim, for kind narrow, shortens v as well.
     """
 
     kind: str = "dense"
     qk_dim: int | None = None
+    v_dim: int | None = None
     topk_q: int | None = None
     topk_k: int | None = None
     dense_dims: int = 0
@@ -105,9 +105,10 @@ class EvalSpec:
 
 @dataclass
 class Recipe:
-    """One experiment."""
+    """One experiment. ``experiment`` is copied into the row, to tell the rows of one study from others."""
 
     name: str = "recipe"
+    experiment: str = ""
     model: ModelSpec = field(default_factory=ModelSpec)
     attention: AttentionSpec = field(default_factory=AttentionSpec)
     data: DataSpec = field(default_factory=DataSpec)
@@ -264,3 +265,8 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("attention.qk_dim belongs to attention.kind narrow, and narrow needs it")
     if at.qk_dim is not None and not 1 <= at.qk_dim <= model.head_dim:
         raise ValueError(f"attention.qk_dim must lie in [1, {model.head_dim}], got {at.qk_dim}")
+    if at.v_dim is not None:
+        if at.kind != "narrow" or model.family == "rotary":
+            raise ValueError("attention.v_dim needs attention.kind narrow; model.family rotary has model.v_head_dim")
+        if not 1 <= at.v_dim <= (model.v_head_dim or model.head_dim):
+            raise ValueError(f"attention.v_dim must lie in [1, {model.head_dim}], got {at.v_dim}")
