@@ -354,6 +354,39 @@ def test_only_the_language_model_of_a_multimodal_model_changes():
     assert torch.equal(model(**inputs).logits, dense)
 
 
+class TowerConfig(hf.LlamaConfig):
+    """A text config that is the model's own and has a vision config below it, as in some older models."""
+
+    sub_configs = {"vision_config": hf.CLIPVisionConfig}  # noqa: RUF012
+    vision_config: dict | hf.PreTrainedConfig | None = None
+
+
+class LlamaWithTower(hf.LlamaForCausalLM):
+    config_class = TowerConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.tower = hf.CLIPVisionModel(config.vision_config)
+
+
+def test_a_vision_tower_below_a_flat_text_config_stays():
+    """Transformers spreads the attention of such a model to all its sub-configs."""
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )  # fmt: skip
+    model = LlamaWithTower(TowerConfig(**SMALL, vision_config=vision))
+    before = state(model)
+    model.set_attn_implementation("eager")
+    assert model.tower.config._attn_implementation == "eager", "it does spread"
+    model.set_attn_implementation("sdpa")
+    assert state(model) == before
+    enable_sfa(model, topk=4)
+    assert model.config._attn_implementation == "sfa"
+    assert model.tower.config is model.config.vision_config and vision._attn_implementation == "sdpa"
+    disable_sfa(model)
+    assert state(model) == before
+
+
 def test_disable_restores_a_loaded_setting():
     model = MODELS["llama"]()
     model.config.sfa = {"topk": 3}
@@ -391,6 +424,12 @@ GPTJ = {"vocab_size": 99, "n_embd": 64, "n_layer": 1, "n_head": 2, "rotary_dim":
 REFUSED = {
     "GPTJ": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**GPTJ)),
     "GPTJModel": lambda: llava(hf.GPTJConfig(**GPTJ)),
+    # Its vision tower uses the interface, its text layers do not; Transformers would let it pass.
+    "GitForCausalLM": lambda: hf.GitForCausalLM(
+        hf.GitConfig(vocab_size=199, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                     vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                                    "intermediate_size": 32, "image_size": 8, "patch_size": 4})
+    ),
     "encoder-decoder": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
                       decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, forced_eos_token_id=None)

@@ -4,6 +4,7 @@
 keeps a key cache of top-k codes, and the setting is saved with the model in ``config.sfa``.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -123,10 +124,7 @@ def enable_sfa(
     try:
         part.set_attn_implementation("sfa")
         if config._attn_implementation != "sfa":
-            raise NotImplementedError(
-                f"{type(part).__name__} does not route attention through Transformers' AttentionInterface; it would "
-                f"stay {config._attn_implementation!r}"
-            )
+            raise NotImplementedError(f"{type(part).__name__} stays {config._attn_implementation!r}")
     except BaseException:
         _restore(before)
         raise
@@ -481,8 +479,28 @@ def _text_model(model: Any) -> Any:
         raise NotImplementedError(f"{name} caches a compressed latent (MLA), which has no per-head keys to sparsify")
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config is config:
+            if not _routes(part):
+                raise NotImplementedError(
+                    f"{type(part).__name__} does not route attention through Transformers' AttentionInterface"
+                )
             return part
     raise NotImplementedError(f"{name} has no submodel that uses its text config, so SFA cannot tell what to change")
+
+
+def _routes(part: Any) -> bool:
+    """Whether the layers that use the config of this model ask Transformers' AttentionInterface for their attention.
+
+    Not all models that do say so, and Transformers takes the answer of a whole file, vision towers included.
+    """
+    if part.is_backend_compatible():
+        return True
+    for kind in {type(module) for module in part.modules() if getattr(module, "config", None) is part.config}:
+        try:
+            if "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind.forward):
+                return True
+        except (OSError, TypeError):  # no source to read
+            continue
+    return False
 
 
 def _check_layers(layers: Any, count: int) -> None:
