@@ -10,6 +10,7 @@ from .version import __version__
 COMMANDS = {
     "demo": ("flash_sfa.demo.command", "train SFA beside dense attention on real text, compare, generate"),
     "env": ("flash_sfa.env", "versions, devices, and which implementations are available"),
+    "niah": ("flash_sfa.train.niah", "find a needle in a haystack: train on it, or test a checkpoint"),
     "prepare": ("flash_sfa.train.prepare", "turn text into packed token shards"),
     "pretrain": ("flash_sfa.train.pretrain", "train a model from a recipe"),
 }

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import models
 from .attention import key_bytes
+from .needle import NeedleTask
 from .recipe import Recipe, load_recipe
 from .schedule import learning_rate
 from .shards import BlockOrder, TokenShards, open_shards, read_rows, write_json
@@ -142,6 +143,55 @@ def cache_bytes(model: Any, recipe: Recipe) -> dict[str, Any]:
     return {"k_bytes": k, "v_bytes": 2 * dv, "cache_bytes": len(chosen) * kv_heads * (k + 2 * dv)}
 
 
+class TextTask:
+    """Token shards: the rows of every step, and what the row says of held-out text."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        root = Path(recipe.data.root)
+        self.train = open_shards([root / name for name in recipe.data.train])
+        self.val = {name: open_shards([root / folder]) for name, folder in recipe.data.val.items()}
+        self.test = {name: open_shards([root / folder]) for name, folder in recipe.data.test.items()}
+        self.vocab_size = self.train.vocab_size
+        self.order = BlockOrder(self.train.tokens, recipe.model.context, recipe.train.seed)
+
+    def rows(self, step: int, part: int = 0, parts: int = 1) -> Tensor:
+        """Part ``part`` of ``parts`` of the rows of a step, int64 (b, context + 1)."""
+        count = self.recipe.train.batch // parts
+        starts = self.order.starts(step * self.recipe.train.batch + part * count, count)
+        return torch.from_numpy(read_rows(self.train, starts, self.recipe.model.context))
+
+    def loss(self, model: Any, rows: Tensor, bf16: bool) -> Tensor:
+        """Mean cross entropy of every token but the first of each row."""
+        return mean_loss(model, rows[:, :-1], rows[:, 1:], bf16)
+
+    def curve(self, model: Any, device: str) -> dict[str, float]:
+        """Loss on the first tokens of the first held-out source."""
+        recipe, (name, data) = self.recipe, next(iter(self.val.items()))
+        total, count = evaluate(
+            model,
+            data,
+            context=recipe.model.context,
+            batch=recipe.eval.batch,
+            device=device,
+            bf16=recipe.train.bf16,
+            limit=recipe.eval.curve_tokens,
+        )
+        return {name: total / count}
+
+    def results(self, model: Any, device: str) -> dict[str, Any]:
+        """Perplexities of all sources."""
+        return {
+            "val": evaluate_all(model, self.val, self.recipe, device),
+            "test": evaluate_all(model, self.test, self.recipe, device),
+        }
+
+
+def make_task(recipe: Recipe) -> TextTask | NeedleTask:
+    """What the recipe trains on: the needle task if it names train lengths, else text."""
+    return NeedleTask(recipe) if recipe.needle.train_lengths else TextTask(recipe)
+
+
 def _optimizer(model: Any, recipe: Recipe, device: str) -> torch.optim.AdamW:
     spec = recipe.train
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
@@ -153,7 +203,8 @@ def _optimizer(model: Any, recipe: Recipe, device: str) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=spec.lr, betas=(0.9, spec.beta2), fused=device == "cuda")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the code, from git or FLASH_SFA_COMMIT."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"],
@@ -195,21 +246,17 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         return dict(json.loads(row_file.read_text()))
     write_json(recipe_file, config)
 
-    root = Path(recipe.data.root)
-    train = open_shards([root / name for name in recipe.data.train])
-    val = {name: open_shards([root / folder]) for name, folder in recipe.data.val.items()}
-    test = {name: open_shards([root / folder]) for name, folder in recipe.data.test.items()}
-    order = BlockOrder(train.tokens, m.context, spec.seed)
+    task = make_task(recipe)
     steps = spec.tokens // (spec.batch * m.context)
-    micro = spec.micro_batch or spec.batch
+    parts = spec.batch // (spec.micro_batch or spec.batch)
 
     torch.manual_seed(spec.seed)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    model = models.build_model(recipe, train.vocab_size).to(device).train()
+    model = models.build_model(recipe, task.vocab_size).to(device).train()
     optimizer = _optimizer(model, recipe, device)
     total, active = models.count_parameters(model, recipe)
-    loss_fn: Callable[..., Tensor] = torch.compile(mean_loss) if spec.compile else mean_loss
+    loss_fn: Callable[..., Tensor] = torch.compile(task.loss, dynamic=False) if spec.compile else task.loss
 
     begin = 0
     checkpoint = out / "checkpoint.pt"
@@ -225,7 +272,8 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     from tqdm import tqdm
 
     bar = tqdm(total=steps, initial=begin, desc=recipe.name, disable=True if quiet else None, unit="step")
-    curve_every = max(steps // recipe.eval.curve_points, 1) if recipe.eval.curve_points and val else 0
+    has_curve = not isinstance(task, TextTask) or task.val
+    curve_every = max(steps // recipe.eval.curve_points, 1) if recipe.eval.curve_points and has_curve else 0
     warmup = max(round(spec.warmup * steps), 1)
     began = time.monotonic()
     timed_from: tuple[float, int] | None = None
@@ -245,12 +293,12 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rows = torch.from_numpy(read_rows(train, order.starts(step * spec.batch, spec.batch), m.context))
+            rows = task.rows(step)
             if device == "cuda":
                 rows = rows.pin_memory()
             rows = rows.to(device, non_blocking=True)
-            for part in torch.split(rows, micro):
-                loss = loss_fn(model, part[:, :-1], part[:, 1:], spec.bf16) * (micro / spec.batch)
+            for part in rows.chunk(parts):
+                loss = loss_fn(model, part, spec.bf16) * (len(part) / len(rows))
                 torch.autograd.backward(loss)
                 running += loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
@@ -286,17 +334,7 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
             if curve_every and now % curve_every == 0 and now < steps:
                 _sync(device)
                 pause = time.monotonic()
-                name, data = next(iter(val.items()))
-                loss_sum, count = evaluate(
-                    model,
-                    data,
-                    context=m.context,
-                    batch=recipe.eval.batch,
-                    device=device,
-                    bf16=spec.bf16,
-                    limit=recipe.eval.curve_tokens,
-                )
-                log.write(json.dumps({"step": now, "val": {name: loss_sum / count}}) + "\n")
+                log.write(json.dumps({"step": now, "val": task.curve(model, device)}) + "\n")
                 paused += time.monotonic() - pause
             if spec.save_every and now % spec.save_every == 0:
                 _save(checkpoint, _state(model, optimizer, now))
@@ -310,7 +348,7 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     if spec.save_last:
         model.save_pretrained(out / "model")
     row = {
-        "bench": "pretrain",
+        "bench": "pretrain" if isinstance(task, TextTask) else "niah",
         "experiment": recipe.experiment,
         "name": recipe.name,
         "config": config,
@@ -326,18 +364,17 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         "train_s": round(seconds, 1),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if device == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     model.eval()
-    row["val"] = evaluate_all(model, val, recipe, device)
-    row["test"] = evaluate_all(model, test, recipe, device)
-    if val and recipe.eval.statistics:
+    row.update(task.results(model, device))
+    if isinstance(task, TextTask) and task.val and recipe.eval.statistics:
         qkv = out / "qkv.pt" if recipe.eval.save_qkv else None
-        row["codes"] = observe(model, next(iter(val.values())), recipe, device, qkv)
-    row["quantized"] = _quantized(model, val, test, recipe, device)
+        row["codes"] = observe(model, next(iter(task.val.values())), recipe, device, qkv)
+    row["quantized"] = _quantized(model, task, recipe, device)
     row["total_s"] = round(time.monotonic() - began, 1)
     write_json(row_file, row)
     return row
@@ -350,23 +387,14 @@ def _last_loss(log_file: Path, steps: int) -> float:
     return float(sum(last) / len(last))
 
 
-def _quantized(
-    model: Any, val: dict[str, TokenShards], test: dict[str, TokenShards], recipe: Recipe, device: str
-) -> list[dict[str, Any]]:
+def _quantized(model: Any, task: TextTask | NeedleTask, recipe: Recipe, device: str) -> list[dict[str, Any]]:
     """The model again with k rounded in the chosen layers: the rivals with a quantised key cache."""
     chosen = [x.sfa_train for x in models.attention_modules(model) if _is_chosen(x, recipe)]
     out = []
     for bits in recipe.eval.k_bits:
         for at in chosen:
             at.k_bits = bits
-        out.append(
-            {
-                "bits": bits,
-                **cache_bytes(model, recipe),
-                "val": evaluate_all(model, val, recipe, device),
-                "test": evaluate_all(model, test, recipe, device),
-            }
-        )
+        out.append({"bits": bits, **cache_bytes(model, recipe), **task.results(model, device)})
     for at in chosen:
         at.k_bits = None
     return out
@@ -420,9 +448,11 @@ def run(args: argparse.Namespace) -> int:
 def summary(row: dict[str, Any]) -> str:
     """One line of a result row."""
     shown = list(row["val"].items()) + [(name, value) for name, value in row["test"].items() if name != "all"]
-    val = " ".join(f"{name} {value:.2f}" for name, value in shown)
+    found = "ppl " + " ".join(f"{name} {value:.2f}" for name, value in shown)
+    if "needle" in row:
+        found = "found " + " ".join(f"{c['length']}: {c['accuracy']:.1%}" for c in row["needle_by_length"])
     return (
-        f"{row['name']}: {row['tokens'] / 1e6:.1f}M tokens, loss {row['loss']:.3f}, ppl {val}, "
+        f"{row['name']}: {row['tokens'] / 1e6:.1f}M tokens, loss {row['loss']:.3f}, {found}, "
         f"K {row['k_bytes']:g} B, {row['tokens_per_s'] / 1e6:.2f}M tokens/s, {row['total_s']:.0f} s"
     )
 

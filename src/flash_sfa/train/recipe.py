@@ -104,6 +104,25 @@ class EvalSpec:
 
 
 @dataclass
+class NeedleSpec:
+    """The synthetic needle task (``flash_sfa.train.needle``); an empty train_lengths means training on text.
+
+    train_lengths: row lengths to train on, none above model.context. lengths: those to test (none: the same).
+    depths and trials: depths at every length, and rows at every depth. fillers: 1 is a haystack of "#" only.
+    """
+
+    train_lengths: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    depths: int = 10
+    trials: int = 50
+    needles: int = 1
+    key_tokens: int = 2
+    value_tokens: int = 4
+    symbols: int = 32
+    fillers: int = 1
+
+
+@dataclass
 class Recipe:
     """One experiment. ``experiment`` is copied into the row, to tell the rows of one study from others."""
 
@@ -114,6 +133,7 @@ class Recipe:
     data: DataSpec = field(default_factory=DataSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
     eval: EvalSpec = field(default_factory=EvalSpec)
+    needle: NeedleSpec = field(default_factory=NeedleSpec)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -265,8 +285,35 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("attention.qk_dim belongs to attention.kind narrow, and narrow needs it")
     if at.qk_dim is not None and not 1 <= at.qk_dim <= model.head_dim:
         raise ValueError(f"attention.qk_dim must lie in [1, {model.head_dim}], got {at.qk_dim}")
+    _check_needle(recipe)
     if at.v_dim is not None:
         if at.kind != "narrow" or model.family == "rotary":
             raise ValueError("attention.v_dim needs attention.kind narrow; model.family rotary has model.v_head_dim")
         if not 1 <= at.v_dim <= (model.v_head_dim or model.head_dim):
             raise ValueError(f"attention.v_dim must lie in [1, {model.head_dim}], got {at.v_dim}")
+
+
+def _check_needle(recipe: Recipe) -> None:
+    spec, context = recipe.needle, recipe.model.context
+    for name in ("depths", "trials", "needles", "key_tokens", "value_tokens", "fillers"):
+        if getattr(spec, name) < 1:
+            raise ValueError(f"needle.{name} must be at least 1, got {getattr(spec, name)}")
+    words = spec.symbols ** min(spec.key_tokens, spec.value_tokens) if spec.symbols > 0 else 0
+    if words < 4 * spec.needles:
+        raise ValueError(f"needle.symbols={spec.symbols} gives {words} words, {4 * spec.needles} are needed")
+    least = (spec.needles + 1) * (2 + spec.key_tokens + spec.value_tokens)
+    for name in ("train_lengths", "lengths"):
+        for length in getattr(spec, name):
+            if not isinstance(length, int) or length < least:
+                raise ValueError(f"needle.{name} must hold integers of at least {least}, got {length!r}")
+    for length in spec.train_lengths:
+        if length > context or recipe.train.batch * context % length:
+            raise ValueError(
+                f"needle.train_lengths must divide train.batch * model.context = {recipe.train.batch * context} "
+                f"and be at most model.context = {context}, got {length}"
+            )
+    if recipe.model.family == "gpt2" and max(spec.lengths, default=0) > context:
+        raise ValueError(
+            f"needle.lengths: model.family gpt2 has positions for model.context = {context} tokens only, "
+            f"got {max(spec.lengths)}"
+        )
