@@ -65,7 +65,7 @@ def check(
         options |= {"dropout_p": dropout_p, "seed": torch.tensor([7])}
     call = triton_forward.Options(*window, scale, **options)
     sequences = batch if cu is None else len(cu[0]) - 1
-    bad = triton_forward.scan(q.device, [q, k], sequences * hkv)
+    bad = triton_forward.scan(q.device, [q], [k], sequences * hkv)
     out, lse = triton_forward.forward(q, k, v, bad, call)
     assert not bad.any() and len(bad) == 2 + sequences * hkv
     grads = triton_backward.backward(grad_out, grad_lse, q, k, v, out, lse, bad, call)
@@ -91,7 +91,7 @@ def check_dropout(
 
     (b, _, hq, _), sk = q.shape, k.shape[1]
     eye = torch.eye(sk)[None, :, None].expand(b, sk, k.shape[2], sk).contiguous()
-    bad = triton_forward.scan(q.device, [q, k], b * k.shape[2])
+    bad = triton_forward.scan(q.device, [q], [k], b * k.shape[2])
     dropped, lse = triton_forward.forward(q, k, eye, bad, call)
     whole, _ = reference.attention(q, k, eye, seen, call.scale)
     zero = (dropped == 0) & (whole != 0)
@@ -126,11 +126,11 @@ def check_non_finite(window: tuple[int, int], which: int) -> None:
     tensors = [rand(1, 70, 2, 16) for _ in range(3)]
     grad = rand(1, 70, 2, 16)
     call = triton_forward.Options(*window, 0.3)
-    bad = triton_forward.scan(grad.device, tensors[:2], 2)
+    bad = triton_forward.scan(grad.device, tensors[:1], tensors[1:2], 2)
     clean, clean_lse = triton_forward.forward(*tensors, bad, call)
     assert not bad.any()
     tensors[which][0, 30, 1, 3] = torch.inf if which == 1 else torch.nan
-    bad = triton_forward.scan(grad.device, tensors[:2], 2)
+    bad = triton_forward.scan(grad.device, tensors[:1], tensors[1:2], 2)
     assert bad.tolist() == ([0, 0, 0, 0] if which == 2 else [1, 1, 0, 0])
     out, lse = triton_forward.forward(*tensors, bad, call)
     seen = reference.visible_pairs(70, 70, window, grad.device)[:, 30]

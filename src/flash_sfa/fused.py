@@ -31,7 +31,8 @@ def attention(
     sides = (q, q_indices, q_dense, q_rows, q_dense_dims), (k, k_indices, k_dense, k_rows, k_dense_dims)
     rows_q, rows_k = (_rows(*side, dim) for side in sides)
     packed = cu_seqlens_q, cu_seqlens_k
-    bad = _scan(q, k, [q_dense, k_dense], q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+    sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    bad = _scan([q, q_dense], [k, k_dense], sequences * k.shape[2])
     if impl == "triton":
         from .impl import triton_forward
 
@@ -116,14 +117,15 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple:
 attention.register_autograd(_autograd, setup_context=_context)
 
 
-def _scan(q: Tensor, k: Tensor, dense: list[Tensor | None], sequences: int) -> Tensor:
-    """Marks of non-finite values in q and k, where Triton mends what they spoil."""
-    if not q.is_cuda or ops.triton_missing() is not None:
-        return torch.zeros(0, dtype=torch.int32, device=q.device)
+def _scan(q: list[Tensor | None], k: list[Tensor | None], heads: int) -> Tensor:
+    """Marks of non-finite values in the parts of q and k, where Triton mends what they spoil."""
+    device = next(x.device for x in q if x is not None)
+    if device.type != "cuda" or ops.triton_missing() is not None:
+        return torch.zeros(0, dtype=torch.int32, device=device)
     from .impl import triton_forward
 
-    parts = [x for x in (q, k, *dense) if x is not None and x.numel() > 0]
-    return triton_forward.scan(q.device, parts, sequences * k.shape[2])
+    parts = ([x for x in side if x is not None and x.numel() > 0] for side in (q, k))
+    return triton_forward.scan(device, *parts, heads)
 
 
 def _rows(

@@ -153,7 +153,7 @@ def _forward_mended(
     with torch.autocast("cuda", enabled=False):
         out, lse = _fused_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, window[1] == 0, scale)
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
-    triton_forward.rescue(q, k, v, out, lse, bad, triton_forward.Options(*window, scale))
+    triton_forward.rescue(q, k, v, out, lse, bad, triton_forward.Options(*window, scale), first=q.shape[1] - 1)
     return out, lse
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .triton_forward import (
     LOG2E,
+    RESCUERS,
     SIZES,
     Options,
     Tiles,
@@ -40,25 +41,26 @@ def _delta(
     RESCUE: tl.constexpr,
 ):  # fmt: skip
     """delta_i, and lse_i in units of log 2, for rows (b, h, s); rows without a gradient get delta 0 and lse inf."""
+    last = tl.cdiv(rows, BM)
     if RESCUE:
-        if tl.load(bad) == 0:
-            return
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    inside = row < rows
-    s = row % seqlen
-    h = row // seqlen % HQ
-    b = row // seqlen // HQ
-    c = tl.arange(0, BN)[None, :]
-    mask = inside[:, None] & (c < DV)
-    o = tl.load(out + (b * o_b + s * o_s + h * o_h)[:, None] + c, mask=mask, other=0.0)
-    g = tl.load(grad_out + (b * g_b + s * g_s + h * g_h)[:, None] + c, mask=mask, other=0.0)
-    row_lse = tl.load(lse + row, mask=inside, other=0.0)
-    dead = ~finite(row_lse) | any_bad(o, 1)
-    total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
-    if GRAD_LSE:
-        total -= tl.load(grad_lse + row, mask=inside, other=0.0)
-    tl.store(delta + row, tl.where(dead, 0.0, total), mask=inside)
-    tl.store(log_lse + row, tl.where(dead, float("inf"), row_lse * 1.4426950408889634), mask=inside)
+        last = tl.where(tl.load(bad) == 0, 0, last)
+    for tile in tl.range(tl.program_id(0), last, tl.num_programs(0)):
+        row = (tile * BM + tl.arange(0, BM)).to(tl.int64)
+        inside = row < rows
+        s = row % seqlen
+        h = row // seqlen % HQ
+        b = row // seqlen // HQ
+        c = tl.arange(0, BN)[None, :]
+        mask = inside[:, None] & (c < DV)
+        o = tl.load(out + (b * o_b + s * o_s + h * o_h)[:, None] + c, mask=mask, other=0.0)
+        g = tl.load(grad_out + (b * g_b + s * g_s + h * g_h)[:, None] + c, mask=mask, other=0.0)
+        row_lse = tl.load(lse + row, mask=inside, other=0.0)
+        dead = ~finite(row_lse) | any_bad(o, 1)
+        total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+        if GRAD_LSE:
+            total -= tl.load(grad_lse + row, mask=inside, other=0.0)
+        tl.store(delta + row, tl.where(dead, 0.0, total), mask=inside)
+        tl.store(log_lse + row, tl.where(dead, float("inf"), row_lse * 1.4426950408889634), mask=inside)
 
 
 @triton.jit
@@ -107,8 +109,9 @@ def _accumulate_keys(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=[*SIZES, "softmax_scale"])
-def _keys(
+@triton.jit
+def _keys_tile(
+    pid,
     q, k, v, grad_out, dk, dv, log_lse, delta, bad, members_q, members_k, key_mask, cu_q, cu_k, seed, sq, sk, n_tiles,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
     lse_b, lse_h, mask_b, mask_k, left, right, scale, softmax_scale, keep,
@@ -116,13 +119,10 @@ def _keys(
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
     PACKED: tl.constexpr, DROP: tl.constexpr, DROPOUT: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
-    head_k = tl.program_id(0) // n_tiles
+    head_k = pid // n_tiles
     b = (head_k // HK).to(tl.int64)
     hk = head_k % HK
-    if RESCUE:
-        if tl.load(bad + 1) + tl.load(bad + 2 + head_k) == 0:
-            return
-    n0 = tl.program_id(0) % n_tiles * BN
+    n0 = pid % n_tiles * BN
     first_q = b * 0
     first_k = b * 0
     sequence = head_k // HK
@@ -132,80 +132,118 @@ def _keys(
         sq = (tl.load(cu_q + b + 1) - first_q).to(tl.int32)
         sk = (tl.load(cu_k + b + 1) - first_k).to(tl.int32)
         b = b * 0
-    if n0 >= sk:
-        return
-    t = tl.arange(0, BN)
-    j = n0 + t
-    c = tl.arange(0, DP)
-    cv = tl.arange(0, DVP)
-    here = first_k + n0
-    k_t = rows_of(k + b * k_b + here * k_s + hk * k_h, t, k_s, c, sk - n0, D, DP, True)
-    v_t = rows_of(v + b * v_b + here * v_s + hk * v_h, t, v_s, cv, sk - n0, DV, DVP, True)
+    needed = n0 < sk
     if RESCUE:
-        k_t = tl.where(finite(k_t), k_t, 0.0)
-        v_t = tl.where(finite(v_t), v_t, 0.0)
-    members_t = k_t
-    if DROP:
-        members_t = rows_of(members_k + ((b * sk + here) * HK + hk) * D, t, HK * D, c, sk - n0, D, DP, True)
-    key_seen = j < sk
-    if MASK:
-        key_seen = tl.load(key_mask + b * mask_b + j.to(tl.int64) * mask_k, mask=j < sk, other=0) != 0
-
-    # Queries that see some key of the tile, [lo, hi), and all of them, [full_lo, full_hi).
-    off = sk - sq
-    lo = 0
-    hi = sq
-    if RIGHT:
-        lo = tl.maximum(n0 - off - right, 0) // BM * BM
-    if LEFT:
-        hi = tl.minimum(sq, n0 + BN - off + left)
-    full_lo = lo
-    full_hi = lo
-    if not (MASK or DROP or RESCUE):
-        full_hi = sq
-        if RIGHT:
-            full_lo = tl.maximum(tl.cdiv(tl.maximum(n0 + BN - 1 - off - right, 0), BM) * BM, lo)
-        if LEFT:
-            full_hi = tl.minimum(sq, tl.maximum(n0 - off + left + 1, 0) // BM * BM)
-    acc_k = tl.zeros((BN, DP), tl.float32)
-    acc_v = tl.zeros((BN, DVP), tl.float32)
-    for g in range(HQ // HK):
-        h = hk * (HQ // HK) + g
-        head = sequence * HQ + h
-        q_h0 = q + b * q_b + first_q * q_s + h * q_h
-        g_h0 = grad_out + b * g_b + first_q * g_s + h * g_h
-        l_h0 = log_lse + b * lse_b + h * lse_h + first_q
-        d_h0 = delta + b * lse_b + h * lse_h + first_q
-        m_h0 = members_q
+        needed = needed & (tl.load(bad + 1) + tl.load(bad + 2 + head_k) > 0)
+    if needed:
+        t = tl.arange(0, BN)
+        j = n0 + t
+        c = tl.arange(0, DP)
+        cv = tl.arange(0, DVP)
+        here = first_k + n0
+        k_t = rows_of(k + b * k_b + here * k_s + hk * k_h, t, k_s, c, sk - n0, D, DP, True)
+        v_t = rows_of(v + b * v_b + here * v_s + hk * v_h, t, v_s, cv, sk - n0, DV, DVP, True)
+        if RESCUE:
+            k_t = tl.where(finite(k_t), k_t, 0.0)
+            v_t = tl.where(finite(v_t), v_t, 0.0)
+        members_t = k_t
         if DROP:
-            m_h0 = members_q + ((b * sq + first_q) * HQ + h) * D
+            members_t = rows_of(members_k + ((b * sk + here) * HK + hk) * D, t, HK * D, c, sk - n0, D, DP, True)
+        key_seen = j < sk
+        if MASK:
+            key_seen = tl.load(key_mask + b * mask_b + j.to(tl.int64) * mask_k, mask=j < sk, other=0) != 0
+
+        # Queries that see some key of the tile, [lo, hi), and all of them, [full_lo, full_hi).
+        off = sk - sq
+        lo = 0
+        hi = sq
         if RIGHT:
-            acc_k, acc_v = _accumulate_keys(
-                acc_k, acc_v, k_t, v_t, members_t, q_h0, g_h0, m_h0, l_h0, d_h0, seed, j, key_seen, head, sq, sk,
-                q_s, g_s, HQ * D, left, right, scale, keep, lo, tl.minimum(full_lo, hi), D, DP, DV, DVP, BM,
-                LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, True,
-            )  # fmt: skip
+            lo = tl.maximum(n0 - off - right, 0) // BM * BM
+        if LEFT:
+            hi = tl.minimum(sq, n0 + BN - off + left)
+        full_lo = lo
+        full_hi = lo
         if not (MASK or DROP or RESCUE):
-            acc_k, acc_v = _accumulate_keys(
-                acc_k, acc_v, k_t, v_t, members_t, q_h0, g_h0, m_h0, l_h0, d_h0, seed, j, key_seen, head, sq, sk,
-                q_s, g_s, HQ * D, left, right, scale, keep, full_lo, full_hi, D, DP, DV, DVP, BM,
-                LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, False,
-            )  # fmt: skip
-        if LEFT or MASK or DROP or RESCUE:
-            acc_k, acc_v = _accumulate_keys(
-                acc_k, acc_v, k_t, v_t, members_t, q_h0, g_h0, m_h0, l_h0, d_h0, seed, j, key_seen, head, sq, sk,
-                q_s, g_s, HQ * D, left, right, scale, keep, tl.maximum(full_lo, full_hi), hi, D, DP, DV, DVP, BM,
-                LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, True,
-            )  # fmt: skip
-    rows = j[:, None] < sk
-    at_k = dk + b * dk_b + here * dk_s + hk * dk_h + t[:, None] * dk_s + c[None, :]
-    at_v = dv + b * dv_b + here * dv_s + hk * dv_h + t[:, None] * dv_s + cv[None, :]
+            full_hi = sq
+            if RIGHT:
+                full_lo = tl.maximum(tl.cdiv(tl.maximum(n0 + BN - 1 - off - right, 0), BM) * BM, lo)
+            if LEFT:
+                full_hi = tl.minimum(sq, tl.maximum(n0 - off + left + 1, 0) // BM * BM)
+        acc_k = tl.zeros((BN, DP), tl.float32)
+        acc_v = tl.zeros((BN, DVP), tl.float32)
+        for g in range(HQ // HK):
+            h = hk * (HQ // HK) + g
+            head = sequence * HQ + h
+            q_h0 = q + b * q_b + first_q * q_s + h * q_h
+            g_h0 = grad_out + b * g_b + first_q * g_s + h * g_h
+            l_h0 = log_lse + b * lse_b + h * lse_h + first_q
+            d_h0 = delta + b * lse_b + h * lse_h + first_q
+            m_h0 = members_q
+            if DROP:
+                m_h0 = members_q + ((b * sq + first_q) * HQ + h) * D
+            if RIGHT:
+                acc_k, acc_v = _accumulate_keys(
+                    acc_k, acc_v, k_t, v_t, members_t, q_h0, g_h0, m_h0, l_h0, d_h0, seed, j, key_seen, head, sq, sk,
+                    q_s, g_s, HQ * D, left, right, scale, keep, lo, tl.minimum(full_lo, hi), D, DP, DV, DVP, BM,
+                    LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, True,
+                )  # fmt: skip
+            if not (MASK or DROP or RESCUE):
+                acc_k, acc_v = _accumulate_keys(
+                    acc_k, acc_v, k_t, v_t, members_t, q_h0, g_h0, m_h0, l_h0, d_h0, seed, j, key_seen, head, sq, sk,
+                    q_s, g_s, HQ * D, left, right, scale, keep, full_lo, full_hi, D, DP, DV, DVP, BM,
+                    LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, False,
+                )  # fmt: skip
+            if LEFT or MASK or DROP or RESCUE:
+                acc_k, acc_v = _accumulate_keys(
+                    acc_k, acc_v, k_t, v_t, members_t, q_h0, g_h0, m_h0, l_h0, d_h0, seed, j, key_seen, head, sq, sk,
+                    q_s, g_s, HQ * D, left, right, scale, keep, tl.maximum(full_lo, full_hi), hi, D, DP, DV, DVP, BM,
+                    LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, True,
+                )  # fmt: skip
+        rows = j[:, None] < sk
+        at_k = dk + b * dk_b + here * dk_s + hk * dk_h + t[:, None] * dk_s + c[None, :]
+        at_v = dv + b * dv_b + here * dv_s + hk * dv_h + t[:, None] * dv_s + cv[None, :]
+        if RESCUE:
+            broken_k = any_bad(tl.load(at_k, mask=rows & (c[None, :] < D), other=0.0), 1)
+            broken_v = any_bad(tl.load(at_v, mask=rows & (cv[None, :] < DV), other=0.0), 1)
+            rows = rows & (broken_k | broken_v)[:, None]
+        tl.store(at_k, (acc_k * softmax_scale).to(dk.dtype.element_ty), mask=rows & (c[None, :] < D))
+        tl.store(at_v, acc_v.to(dv.dtype.element_ty), mask=rows & (cv[None, :] < DV))
+
+
+@triton.jit(do_not_specialize=[*SIZES, "softmax_scale"])
+def _keys(
+    work,
+    q, k, v, grad_out, dk, dv, log_lse, delta, bad, members_q, members_k, key_mask, cu_q, cu_k, seed, sq, sk, n_tiles,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
+    lse_b, lse_h, mask_b, mask_k, left, right, scale, softmax_scale, keep,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
+    PACKED: tl.constexpr, DROP: tl.constexpr, DROPOUT: tl.constexpr, RESCUE: tl.constexpr,
+):  # fmt: skip
     if RESCUE:
-        broken_k = any_bad(tl.load(at_k, mask=rows & (c[None, :] < D), other=0.0), 1)
-        broken_v = any_bad(tl.load(at_v, mask=rows & (cv[None, :] < DV), other=0.0), 1)
-        rows = rows & (broken_k | broken_v)[:, None]
-    tl.store(at_k, (acc_k * softmax_scale).to(dk.dtype.element_ty), mask=rows & (c[None, :] < D))
-    tl.store(at_v, acc_v.to(dv.dtype.element_ty), mask=rows & (cv[None, :] < DV))
+        if tl.load(bad) != 0:
+            for pid in tl.range(tl.program_id(0), work, tl.num_programs(0)):
+                _keys_tile(
+                    pid,
+                    q, k, v, grad_out, dk, dv, log_lse, delta, bad, members_q, members_k, key_mask, cu_q, cu_k, seed,
+                    sq, sk, n_tiles,
+                    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
+                    lse_b, lse_h, mask_b, mask_k, left, right, scale, softmax_scale, keep,
+                    HQ, HK, D, DP, DV, DVP,
+                    BM, BN, LEFT, RIGHT, MASK,
+                    PACKED, DROP, DROPOUT, RESCUE,
+                )  # fmt: skip
+    else:
+        _keys_tile(
+            tl.program_id(0),
+            q, k, v, grad_out, dk, dv, log_lse, delta, bad, members_q, members_k, key_mask, cu_q, cu_k, seed,
+            sq, sk, n_tiles,
+            q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
+            lse_b, lse_h, mask_b, mask_k, left, right, scale, softmax_scale, keep,
+            HQ, HK, D, DP, DV, DVP,
+            BM, BN, LEFT, RIGHT, MASK,
+            PACKED, DROP, DROPOUT, RESCUE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -247,8 +285,9 @@ def _accumulate_queries(
     return dq
 
 
-@triton.jit(do_not_specialize=[*SIZES, "softmax_scale"])
-def _queries(
+@triton.jit
+def _queries_tile(
+    pid,
     q, k, v, grad_out, dq, log_lse, delta, bad, members_q, members_k, key_mask, cu_q, cu_k, seed, sq, sk, n_tiles,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dq_b, dq_s, dq_h,
     lse_b, lse_h, mask_b, mask_k, left, right, scale, softmax_scale, keep,
@@ -256,14 +295,11 @@ def _queries(
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
     PACKED: tl.constexpr, DROP: tl.constexpr, DROPOUT: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) // n_tiles
+    head = pid // n_tiles
     b = (head // HQ).to(tl.int64)
     h = head % HQ
     hk = h // (HQ // HK)
-    if RESCUE:
-        if tl.load(bad + 1) + tl.load(bad + 2 + head // HQ * HK + hk) == 0:
-            return
-    m0 = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BM
+    m0 = (n_tiles - 1 - pid % n_tiles) * BM
     first_q = b * 0
     first_k = b * 0
     if PACKED:
@@ -272,53 +308,91 @@ def _queries(
         sq = (tl.load(cu_q + b + 1) - first_q).to(tl.int32)
         sk = (tl.load(cu_k + b + 1) - first_k).to(tl.int32)
         b = b * 0
-    if m0 >= sq:
-        return
-    t = tl.arange(0, BM)
-    i = m0 + t
-    c = tl.arange(0, DP)
-    cv = tl.arange(0, DVP)
-    here = first_q + m0
-    q_t = rows_of(q + b * q_b + here * q_s + h * q_h, t, q_s, c, sq - m0, D, DP, True)
-    g_t = rows_of(grad_out + b * g_b + here * g_s + h * g_h, t, g_s, cv, sq - m0, DV, DVP, True)
-    at = b * lse_b + h * lse_h + here
-    row_lse = tl.load(log_lse + at + t, mask=i < sq, other=float("inf"))
-    row_delta = tl.load(delta + at + t, mask=i < sq, other=0.0)
+    needed = m0 < sq
     if RESCUE:
-        q_t = tl.where(finite(q_t), q_t, 0.0)
-        g_t = tl.where((row_lse == float("inf"))[:, None], 0.0, g_t)
-    members_t = q_t
-    if DROP:
-        members_t = rows_of(members_q + ((b * sq + here) * HQ + h) * D, t, HQ * D, c, sq - m0, D, DP, True)
-        members_k += ((b * sk + first_k) * HK + hk) * D
-    k += b * k_b + first_k * k_s + hk * k_h
-    v += b * v_b + first_k * v_s + hk * v_h
-    if MASK:
-        key_mask += b * mask_b
-    acc = tl.zeros((BM, DP), tl.float32)
-    lo, full_lo, full_hi, hi = key_tiles(m0, sq, sk, left, right, BM, BN, LEFT, RIGHT, MASK or DROP or RESCUE)
-    if LEFT:
+        needed = needed & (tl.load(bad + 1) + tl.load(bad + 2 + head // HQ * HK + hk) > 0)
+    if needed:
+        t = tl.arange(0, BM)
+        i = m0 + t
+        c = tl.arange(0, DP)
+        cv = tl.arange(0, DVP)
+        here = first_q + m0
+        q_t = rows_of(q + b * q_b + here * q_s + h * q_h, t, q_s, c, sq - m0, D, DP, True)
+        g_t = rows_of(grad_out + b * g_b + here * g_s + h * g_h, t, g_s, cv, sq - m0, DV, DVP, True)
+        at = b * lse_b + h * lse_h + here
+        row_lse = tl.load(log_lse + at + t, mask=i < sq, other=float("inf"))
+        row_delta = tl.load(delta + at + t, mask=i < sq, other=0.0)
+        if RESCUE:
+            q_t = tl.where(finite(q_t), q_t, 0.0)
+            g_t = tl.where((row_lse == float("inf"))[:, None], 0.0, g_t)
+        members_t = q_t
+        if DROP:
+            members_t = rows_of(members_q + ((b * sq + here) * HQ + h) * D, t, HQ * D, c, sq - m0, D, DP, True)
+            members_k += ((b * sk + first_k) * HK + hk) * D
+        k += b * k_b + first_k * k_s + hk * k_h
+        v += b * v_b + first_k * v_s + hk * v_h
+        if MASK:
+            key_mask += b * mask_b
+        acc = tl.zeros((BM, DP), tl.float32)
+        lo, full_lo, full_hi, hi = key_tiles(m0, sq, sk, left, right, BM, BN, LEFT, RIGHT, MASK or DROP or RESCUE)
+        if LEFT:
+            acc = _accumulate_queries(
+                acc, q_t, g_t, members_t, row_lse, row_delta, k, v, members_k, key_mask, seed, i, head, sq, sk,
+                k_s, v_s, HK * D, mask_k, left, right, scale, keep, lo, tl.minimum(full_lo, hi), D, DP, DV, DVP, BN,
+                LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, True,
+            )  # fmt: skip
+        if not (MASK or DROP or RESCUE):
+            acc = _accumulate_queries(
+                acc, q_t, g_t, members_t, row_lse, row_delta, k, v, members_k, key_mask, seed, i, head, sq, sk,
+                k_s, v_s, HK * D, mask_k, left, right, scale, keep, full_lo, full_hi, D, DP, DV, DVP, BN,
+                LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, False,
+            )  # fmt: skip
         acc = _accumulate_queries(
             acc, q_t, g_t, members_t, row_lse, row_delta, k, v, members_k, key_mask, seed, i, head, sq, sk,
-            k_s, v_s, HK * D, mask_k, left, right, scale, keep, lo, tl.minimum(full_lo, hi), D, DP, DV, DVP, BN,
+            k_s, v_s, HK * D, mask_k, left, right, scale, keep, tl.maximum(full_lo, full_hi), hi, D, DP, DV, DVP, BN,
             LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, True,
         )  # fmt: skip
-    if not (MASK or DROP or RESCUE):
-        acc = _accumulate_queries(
-            acc, q_t, g_t, members_t, row_lse, row_delta, k, v, members_k, key_mask, seed, i, head, sq, sk,
-            k_s, v_s, HK * D, mask_k, left, right, scale, keep, full_lo, full_hi, D, DP, DV, DVP, BN,
-            LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, False,
-        )  # fmt: skip
-    acc = _accumulate_queries(
-        acc, q_t, g_t, members_t, row_lse, row_delta, k, v, members_k, key_mask, seed, i, head, sq, sk,
-        k_s, v_s, HK * D, mask_k, left, right, scale, keep, tl.maximum(full_lo, full_hi), hi, D, DP, DV, DVP, BN,
-        LEFT, RIGHT, MASK, DROP, DROPOUT, RESCUE, True,
-    )  # fmt: skip
-    at_q = dq + b * dq_b + here * dq_s + h * dq_h + t[:, None] * dq_s + c[None, :]
-    mask = (i[:, None] < sq) & (c[None, :] < D)
+        at_q = dq + b * dq_b + here * dq_s + h * dq_h + t[:, None] * dq_s + c[None, :]
+        mask = (i[:, None] < sq) & (c[None, :] < D)
+        if RESCUE:
+            mask = mask & any_bad(tl.load(at_q, mask=mask, other=0.0), 1)[:, None]
+        tl.store(at_q, (acc * softmax_scale).to(dq.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "softmax_scale"])
+def _queries(
+    work,
+    q, k, v, grad_out, dq, log_lse, delta, bad, members_q, members_k, key_mask, cu_q, cu_k, seed, sq, sk, n_tiles,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dq_b, dq_s, dq_h,
+    lse_b, lse_h, mask_b, mask_k, left, right, scale, softmax_scale, keep,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
+    PACKED: tl.constexpr, DROP: tl.constexpr, DROPOUT: tl.constexpr, RESCUE: tl.constexpr,
+):  # fmt: skip
     if RESCUE:
-        mask = mask & any_bad(tl.load(at_q, mask=mask, other=0.0), 1)[:, None]
-    tl.store(at_q, (acc * softmax_scale).to(dq.dtype.element_ty), mask=mask)
+        if tl.load(bad) != 0:
+            for pid in tl.range(tl.program_id(0), work, tl.num_programs(0)):
+                _queries_tile(
+                    pid,
+                    q, k, v, grad_out, dq, log_lse, delta, bad, members_q, members_k, key_mask, cu_q, cu_k, seed,
+                    sq, sk, n_tiles,
+                    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dq_b, dq_s, dq_h,
+                    lse_b, lse_h, mask_b, mask_k, left, right, scale, softmax_scale, keep,
+                    HQ, HK, D, DP, DV, DVP,
+                    BM, BN, LEFT, RIGHT, MASK,
+                    PACKED, DROP, DROPOUT, RESCUE,
+                )  # fmt: skip
+    else:
+        _queries_tile(
+            tl.program_id(0),
+            q, k, v, grad_out, dq, log_lse, delta, bad, members_q, members_k, key_mask, cu_q, cu_k, seed,
+            sq, sk, n_tiles,
+            q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dq_b, dq_s, dq_h,
+            lse_b, lse_h, mask_b, mask_k, left, right, scale, softmax_scale, keep,
+            HQ, HK, D, DP, DV, DVP,
+            BM, BN, LEFT, RIGHT, MASK,
+            PACKED, DROP, DROPOUT, RESCUE,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- launcher
@@ -400,7 +474,7 @@ def _run(
     delta, log_lse = torch.empty_like(lse), torch.empty_like(lse)
     gradients = {"grad_out": grad_out, "g_b": grad_out.stride(0), "g_s": grad_out.stride(1), "g_h": grad_out.stride(2)}
     launch(
-        _delta, q, -(-lse.numel() // 32), Tiles(32, arguments["DVP"], 4, 1),
+        _delta, q, min(-(-lse.numel() // 32), RESCUERS if rescuing else 2**16), Tiles(32, arguments["DVP"], 4, 1),
         out=out, lse=lse, grad_lse=lse if grad_lse is None else grad_lse.contiguous(), delta=delta, log_lse=log_lse,
         bad=bad, rows=lse.numel(), seqlen=q.shape[1], o_b=out.stride(0), o_s=out.stride(1), o_h=out.stride(2),
         HQ=q.shape[2], DV=arguments["DV"], GRAD_LSE=grad_lse is not None, RESCUE=rescuing, **gradients,
@@ -410,14 +484,17 @@ def _run(
         "scale": options.scale * LOG2E, "softmax_scale": options.scale, "RESCUE": rescuing,
     }  # fmt: skip
     keys, queries = tiles
+    most = RESCUERS if rescuing else 2**31
     n_tiles = -(-max_k // keys.n)
+    programs = n_tiles * batch * k.shape[2]
     launch(
-        _keys, q, n_tiles * batch * k.shape[2], keys, n_tiles=n_tiles, dk=dk, dv=dv,
+        _keys, q, min(programs, most), keys, work=programs, n_tiles=n_tiles, dk=dk, dv=dv,
         dk_b=dk.stride(0), dk_s=dk.stride(1), dk_h=dk.stride(2), dv_b=dv.stride(0), dv_s=dv.stride(1),
         dv_h=dv.stride(2), **arguments,
     )  # fmt: skip
     n_tiles = -(-max_q // queries.m)
+    programs = n_tiles * batch * q.shape[2]
     launch(
-        _queries, q, n_tiles * batch * q.shape[2], queries, n_tiles=n_tiles, dq=dq,
+        _queries, q, min(programs, most), queries, work=programs, n_tiles=n_tiles, dq=dq,
         dq_b=dq.stride(0), dq_s=dq.stride(1), dq_h=dq.stride(2), **arguments,
     )  # fmt: skip

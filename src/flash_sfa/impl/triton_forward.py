@@ -8,6 +8,7 @@ Scores are kept in units of log 2, so that exp2 serves. Sums and the output are 
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,10 @@ except ImportError as error:
     ) from error
 
 LOG2E = 1.4426950408889634
+# Programs that look for something to repair: few, because there is nothing as a rule.
+RESCUERS = 512
 # Sizes that follow the batch or the sequence must not lead to new kernels.
-SIZES = ["sq", "sk", "n_tiles", "left", "right", "lse_b", "lse_h", "scale", "keep", "mask_b", "mask_k"]
+SIZES = ["sq", "sk", "n_tiles", "work", "left", "right", "lse_b", "lse_h", "scale", "keep", "mask_b", "mask_k"]
 
 
 class Options(NamedTuple):
@@ -171,30 +174,50 @@ def _attend(
     return acc, total, top, bad_lse, bad_out
 
 
-@triton.jit(do_not_specialize=["count"])
-def _scan(values, bad, count, BM: tl.constexpr, BN: tl.constexpr):
-    """Marks ``bad`` if some value is not finite."""
-    at = tl.program_id(0).to(tl.int64) * (BM * BN) + tl.arange(0, BM * BN)
-    if tl.max(tl.where(finite(tl.load(values + at, mask=at < count, other=0.0)), 0, 1), 0) > 0:
+@triton.jit(do_not_specialize=["count_a", "count_b"])
+def _scan(values_a, values_b, bad, count_a, count_b, BM: tl.constexpr, BN: tl.constexpr):
+    """Marks bad[0] and bad[1] if some of two lists of values is not finite."""
+    SIZE: tl.constexpr = BM * BN
+    programs_a = tl.cdiv(count_a, SIZE)
+    pid = tl.program_id(0)
+    second = pid >= programs_a
+    at = (pid - tl.where(second, programs_a, 0)).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    a = tl.load(values_a + at, mask=(at < count_a) & (second == 0), other=0.0)
+    b = tl.load(values_b + at, mask=(at < count_b) & second, other=0.0)
+    if tl.max(tl.where(finite(a) & finite(b), 0, 1), 0) > 0:
         tl.store(bad, 1)
         tl.store(bad + 1, 1)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _forward(
-    q, k, v, out, lse, bad, members_q, members_k, key_mask, cu_q, cu_k, seed, sq, sk, n_tiles,
+@triton.jit(do_not_specialize=["first", "count", "n_tiles"])
+def _scan_rows(
+    out, bad, first, count, n_tiles, o_b, o_s, o_h,
+    HQ: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Marks bad[0] if one of the ``count`` rows from ``first`` on, of any sequence and head, is not finite."""
+    head = tl.program_id(0) // n_tiles
+    row = tl.program_id(0) % n_tiles * BM
+    start = (head // HQ).to(tl.int64) * o_b + (first + row).to(tl.int64) * o_s + head % HQ * o_h
+    tile = rows_of(out + start, tl.arange(0, BM), o_s, tl.arange(0, BN), count - row, DV, BN, True)
+    if tl.max(tl.max(tl.where(finite(tile), 0, 1), 1), 0) > 0:
+        tl.store(bad, 1)
+
+
+@triton.jit
+def _forward_tile(
+    pid, q, k, v, out, lse, bad, members_q, members_k, key_mask, cu_q, cu_k, seed, sq, sk, n_tiles,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, lse_b, lse_h, mask_b, mask_k,
     left, right, scale, keep,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
     PACKED: tl.constexpr, DROP: tl.constexpr, DROPOUT: tl.constexpr, SIGNED: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) // n_tiles
+    head = pid // n_tiles
     b = (head // HQ).to(tl.int64)
     h = head % HQ
     hk = h // (HQ // HK)
     # Under a causal mask the last tiles are the longest: they start first.
-    m0 = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BM
+    m0 = (n_tiles - 1 - pid % n_tiles) * BM
     first_q = b * 0
     first_k = b * 0
     if PACKED:
@@ -203,74 +226,99 @@ def _forward(
         sq = (tl.load(cu_q + b + 1) - first_q).to(tl.int32)
         sk = (tl.load(cu_k + b + 1) - first_k).to(tl.int32)
         b = b * 0
-    if m0 >= sq:
-        return
     t = tl.arange(0, BM)
     i = m0 + t
     c = tl.arange(0, DP)
     cv = tl.arange(0, DVP)
     here = first_q + m0
-    out += b * o_b + here * o_s + h * o_h
-    lse += b * lse_b + h * lse_h + here
+    out_0 = out + b * o_b + here * o_s + h * o_h
     inside = i < sq
     write = inside
+    needed = m0 < sq
     if RESCUE:
-        written = rows_of(out, t, o_s, cv, sq - m0, DV, DVP, True)
+        written = rows_of(out_0, t, o_s, cv, sq - m0, DV, DVP, True)
         write = inside & any_bad(written, 1)
-        if tl.max(write.to(tl.int32), 0) == 0:
-            if tl.load(bad + 1) == 0:
-                return
-        tl.store(bad, 1)
-        tl.store(bad + 2 + head // HQ * HK + hk, 1)
-    q_t = rows_of(q + b * q_b + here * q_s + h * q_h, t, q_s, c, sq - m0, D, DP, True)
-    k += b * k_b + first_k * k_s + hk * k_h
-    v += b * v_b + first_k * v_s + hk * v_h
-    if MASK:
-        key_mask += b * mask_b
-    members_t = q_t
-    if DROP:
-        members_q += ((b * sq + here) * HQ + h) * D
-        members_k += ((b * sk + first_k) * HK + hk) * D
-        members_t = rows_of(members_q, t, HQ * D, c, sq - m0, D, DP, True)
-    bad_lse = tl.zeros((BM,), tl.int32)
-    bad_out = tl.zeros((BM,), tl.int32)
-    if RESCUE:
-        bad_lse = any_bad(q_t, 1).to(tl.int32)
-        q_t = tl.where(finite(q_t), q_t, 0.0)
+        needed = needed & ((tl.max(write.to(tl.int32), 0) > 0) | (tl.load(bad + 1) > 0))
+    if needed:
+        q_t = rows_of(q + b * q_b + here * q_s + h * q_h, t, q_s, c, sq - m0, D, DP, True)
+        k_h0 = k + b * k_b + first_k * k_s + hk * k_h
+        v_h0 = v + b * v_b + first_k * v_s + hk * v_h
+        mask_0 = key_mask
+        if MASK:
+            mask_0 = key_mask + b * mask_b
+        members_t = q_t
+        members_h0 = members_k
+        if DROP:
+            members_0 = members_q + ((b * sq + here) * HQ + h) * D
+            members_h0 = members_k + ((b * sk + first_k) * HK + hk) * D
+            members_t = rows_of(members_0, t, HQ * D, c, sq - m0, D, DP, True)
+        bad_lse = tl.zeros((BM,), tl.int32)
+        bad_out = tl.zeros((BM,), tl.int32)
+        if RESCUE:
+            tl.store(bad + 2 + head // HQ * HK + hk, 1)
+            bad_lse = any_bad(q_t, 1).to(tl.int32)
+            q_t = tl.where(finite(q_t), q_t, 0.0)
 
-    acc = tl.zeros((BM, DVP), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    top = tl.full((BM,), float("-inf"), tl.float32)
-    lo, full_lo, full_hi, hi = key_tiles(m0, sq, sk, left, right, BM, BN, LEFT, RIGHT, MASK or DROP or RESCUE)
-    if LEFT:
+        acc = tl.zeros((BM, DVP), tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        top = tl.full((BM,), float("-inf"), tl.float32)
+        lo, full_lo, full_hi, hi = key_tiles(m0, sq, sk, left, right, BM, BN, LEFT, RIGHT, MASK or DROP or RESCUE)
+        if LEFT:
+            acc, total, top, bad_lse, bad_out = _attend(
+                acc, total, top, bad_lse, bad_out, q_t, members_t, k_h0, v_h0, members_h0, mask_0, seed, i,
+                head, sq, sk, k_s, v_s, HK * D, mask_k, left, right, scale, keep, lo, tl.minimum(full_lo, hi),
+                D, DP, DV, DVP, BN, LEFT, RIGHT, MASK, DROP, DROPOUT, SIGNED, RESCUE, True,
+            )  # fmt: skip
+        if not (MASK or DROP or RESCUE):
+            acc, total, top, bad_lse, bad_out = _attend(
+                acc, total, top, bad_lse, bad_out, q_t, members_t, k_h0, v_h0, members_h0, mask_0, seed, i,
+                head, sq, sk, k_s, v_s, HK * D, mask_k, left, right, scale, keep, full_lo, full_hi,
+                D, DP, DV, DVP, BN, LEFT, RIGHT, MASK, DROP, DROPOUT, SIGNED, RESCUE, False,
+            )  # fmt: skip
         acc, total, top, bad_lse, bad_out = _attend(
-            acc, total, top, bad_lse, bad_out, q_t, members_t, k, v, members_k, key_mask, seed, i, head, sq, sk,
-            k_s, v_s, HK * D, mask_k, left, right, scale, keep, lo, tl.minimum(full_lo, hi), D, DP, DV, DVP, BN,
-            LEFT, RIGHT, MASK, DROP, DROPOUT, SIGNED, RESCUE, True,
+            acc, total, top, bad_lse, bad_out, q_t, members_t, k_h0, v_h0, members_h0, mask_0, seed, i,
+            head, sq, sk, k_s, v_s, HK * D, mask_k, left, right, scale, keep, tl.maximum(full_lo, full_hi), hi,
+            D, DP, DV, DVP, BN, LEFT, RIGHT, MASK, DROP, DROPOUT, SIGNED, RESCUE, True,
         )  # fmt: skip
-    if not (MASK or DROP or RESCUE):
-        acc, total, top, bad_lse, bad_out = _attend(
-            acc, total, top, bad_lse, bad_out, q_t, members_t, k, v, members_k, key_mask, seed, i, head, sq, sk,
-            k_s, v_s, HK * D, mask_k, left, right, scale, keep, full_lo, full_hi, D, DP, DV, DVP, BN,
-            LEFT, RIGHT, MASK, DROP, DROPOUT, SIGNED, RESCUE, False,
-        )  # fmt: skip
-    acc, total, top, bad_lse, bad_out = _attend(
-        acc, total, top, bad_lse, bad_out, q_t, members_t, k, v, members_k, key_mask, seed, i, head, sq, sk,
-        k_s, v_s, HK * D, mask_k, left, right, scale, keep, tl.maximum(full_lo, full_hi), hi, D, DP, DV, DVP, BN,
-        LEFT, RIGHT, MASK, DROP, DROPOUT, SIGNED, RESCUE, True,
-    )  # fmt: skip
 
-    empty = total == 0.0
-    result = acc / tl.where(empty, 1.0, total)[:, None]
-    row_lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / 1.4426950408889634)
+        empty = total == 0.0
+        result = acc / tl.where(empty, 1.0, total)[:, None]
+        row_lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / 1.4426950408889634)
+        if RESCUE:
+            nan = float("nan")
+            result = tl.where(((bad_lse | bad_out) > 0)[:, None] & ~empty[:, None], nan, result)
+            row_lse = tl.where((bad_lse > 0) & ~empty, nan, row_lse)
+            write = write | (inside & (bad_lse > 0) & ~empty)
+        at = out_0 + t[:, None] * o_s + cv[None, :]
+        tl.store(at, result.to(out.dtype.element_ty), mask=write[:, None] & (cv[None, :] < DV))
+        tl.store(lse + b * lse_b + h * lse_h + here + t, row_lse, mask=write)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _forward(
+    q, k, v, out, lse, bad, members_q, members_k, key_mask, cu_q, cu_k, seed, sq, sk, n_tiles, work,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, lse_b, lse_h, mask_b, mask_k,
+    left, right, scale, keep,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
+    PACKED: tl.constexpr, DROP: tl.constexpr, DROPOUT: tl.constexpr, SIGNED: tl.constexpr, RESCUE: tl.constexpr,
+):  # fmt: skip
     if RESCUE:
-        nan = float("nan")
-        result = tl.where(((bad_lse | bad_out) > 0)[:, None] & ~empty[:, None], nan, result)
-        row_lse = tl.where((bad_lse > 0) & ~empty, nan, row_lse)
-        write = write | (inside & (bad_lse > 0) & ~empty)
-    keep_out = write[:, None] & (cv[None, :] < DV)
-    tl.store(out + t[:, None] * o_s + cv[None, :], result.to(out.dtype.element_ty), mask=keep_out)
-    tl.store(lse + t, row_lse, mask=write)
+        if tl.load(bad) != 0:
+            for pid in tl.range(tl.program_id(0), work, tl.num_programs(0)):
+                _forward_tile(
+                    pid, q, k, v, out, lse, bad, members_q, members_k, key_mask, cu_q, cu_k, seed, sq, sk, n_tiles,
+                    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, lse_b, lse_h, mask_b, mask_k,
+                    left, right, scale, keep,
+                    HQ, HK, D, DP, DV, DVP, BM, BN, LEFT, RIGHT, MASK, PACKED, DROP, DROPOUT, SIGNED, RESCUE,
+                )  # fmt: skip
+    else:
+        _forward_tile(
+            tl.program_id(0), q, k, v, out, lse, bad, members_q, members_k, key_mask, cu_q, cu_k, seed, sq, sk, n_tiles,
+            q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, lse_b, lse_h, mask_b, mask_k,
+            left, right, scale, keep,
+            HQ, HK, D, DP, DV, DVP, BM, BN, LEFT, RIGHT, MASK, PACKED, DROP, DROPOUT, SIGNED, RESCUE,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- launcher
@@ -378,15 +426,21 @@ def launch(kernel: Any, x: Tensor, programs: int, tiles: Tiles, **arguments: Any
         kernel[(programs,)](BM=tiles.m, BN=tiles.n, num_warps=tiles.warps, num_stages=tiles.stages, **arguments)
 
 
-def scan(device: torch.device, parts: list[Tensor], heads: int) -> Tensor:
-    """Marks of non-finite values, int32 (2 + heads,): anywhere; in ``parts``; in each key head of each sequence.
+def scan(device: torch.device, q: list[Tensor], k: list[Tensor], heads: int) -> Tensor:
+    """Marks of non-finite values, int32 (2 + heads,): anywhere; in q or k; in each key head of each sequence.
 
-    ``parts`` hold q and k: a code keeps what is not finite, so its few values tell. The last marks come from `rescue`.
+    q and k are the parts of a code or dense rows: a code keeps what is not finite, so its few values tell.
     """
     bad = torch.zeros(2 + heads, dtype=torch.int32, device=device)
-    for x in parts:
-        x = x.detach().reshape(-1)
-        launch(_scan, x, -(-x.numel() // 4096), Tiles(64, 64, 4, 1), values=x, bad=bad, count=x.numel())
+    for pair in itertools.zip_longest(q, k):
+        a, b = (bad[:0] if x is None else x.detach().reshape(-1) for x in pair)
+        programs = sum(-(-x.numel() // 4096) for x in (a, b))
+        a, b = (a if a.numel() else b), (b if b.numel() else a)
+        counts = {
+            "count_a": pair[0].numel() if pair[0] is not None else 0,
+            "count_b": pair[1].numel() if pair[1] is not None else 0,
+        }
+        launch(_scan, a, programs, Tiles(64, 64, 4, 1), values_a=a, values_b=b, bad=bad, **counts)
     return bad
 
 
@@ -397,15 +451,25 @@ def forward(
     out = v.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     _run(q, k, v, out, lse, bad, options, tiles, False)
-    rescue(q, k, v, out, lse, bad, options)
+    rescue(q, k, v, out, lse, bad, options, first=0)
     return out, lse
 
 
-def rescue(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bad: Tensor, options: Options) -> None:
+def rescue(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bad: Tensor, options: Options, *, first: int
+) -> None:
     """Recompute, in place, the rows of out that are not finite or see such a key: only what a row sees spoils it.
 
-    A kernel multiplies an invisible v by probability 0, and 0 * nan is nan. Costs one read of out if all is finite.
+    A kernel multiplies an invisible v by probability 0, and 0 * nan is nan. Whether there is anything to do shows in
+    ``bad`` and in the rows of out from ``first`` on: 0, or the last row where that sees every key.
     """
+    count, tile = q.shape[1] - first, 16 if q.shape[1] - first < 64 else 64
+    n_tiles, dv = -(-count // tile), out.shape[-1]
+    launch(
+        _scan_rows, q, n_tiles * out.shape[0] * out.shape[2], Tiles(tile, max(next_power_of_2(dv), 16), 4, 1),
+        out=out, bad=bad, first=first, count=count, n_tiles=n_tiles, HQ=out.shape[2], DV=dv,
+        o_b=out.stride(0), o_s=out.stride(1), o_h=out.stride(2),
+    )  # fmt: skip
     _run(q, k, v, out, lse, bad, options, None, True)
 
 
@@ -421,8 +485,9 @@ def _run(
         tiles = pick(_FORWARD_SMALL if small else _FORWARD, width, q.element_size(), shared_memory(q.device))
     batch = q.shape[0] if options.cu_q is None else options.cu_q.shape[0] - 1
     n_tiles = -(-(options.max_q if options.cu_q is not None else q.shape[1]) // tiles.m)
+    programs = n_tiles * batch * q.shape[2]
     launch(
-        _forward, q, n_tiles * batch * q.shape[2], tiles,
+        _forward, q, min(programs, RESCUERS) if rescuing else programs, tiles, work=programs,
         out=out, lse=lse, bad=bad, n_tiles=n_tiles, o_b=out.stride(0), o_s=out.stride(1), o_h=out.stride(2),
         lse_b=lse.stride(0), lse_h=lse.stride(1), scale=options.scale * LOG2E, SIGNED=options.scale <= 0.0,
         RESCUE=rescuing, **arguments,
