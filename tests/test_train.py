@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import lzma
+import os
 import queue
 import sys
 from itertools import pairwise
@@ -16,6 +17,7 @@ import torch
 from flash_sfa import sfa_attention, topk_sparsify
 from flash_sfa.train import models
 from flash_sfa.train.attention import keep_topk, key_bytes, quantize_keys, topk_mask
+from flash_sfa.train.flops import flops_per_token
 from flash_sfa.train.prepare import load_tokenizer, prepare, read_pieces, wikitext_rows
 from flash_sfa.train.pretrain import _save, evaluate, mean_loss, pretrain, token_losses
 from flash_sfa.train.recipe import build_recipe, load_recipe
@@ -439,6 +441,81 @@ def test_micro_batches_give_the_same_update(data_root: Path, tmp_path: Path) -> 
         recipe = build_recipe(tiny(data_root, train={"tokens": 32 * 8 * 4, "micro_batch": micro}))
         losses.append(pretrain(recipe, tmp_path / str(micro), quiet=True)["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def curve_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_like_one(data_root: Path, tmp_path: Path) -> None:
+    """DDP over gloo: equal losses at an equal global batch, from the start and from one process's checkpoint."""
+    import shutil
+    import subprocess
+
+    import yaml
+
+    tree = tiny(data_root, train={"micro_batch": 2, "save_every": 8}, eval={"k_bits": [2]})
+    tree["attention"] = {"kind": "dense"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "r.yaml")
+    whole = pretrain(recipe, tmp_path / "one", quiet=True)
+    shutil.copytree(tmp_path / "one", tmp_path / "half")
+    (tmp_path / "half/row.json").unlink()
+    for out in ("two", "half"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["-m", "flash_sfa.train.pretrain", str(tmp_path / "r.yaml"), "--out", str(tmp_path / out)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("r: ") == 1  # one of the two reports
+        row = json.loads((tmp_path / out / "row.json").read_text())
+        assert (row["processes"], whole["processes"]) == (2, 1) and row["tokens"] == whole["tokens"]
+        assert row["val"]["all"] == pytest.approx(whole["val"]["all"], rel=1e-4)
+        assert row["quantized"][0]["val"]["all"] == pytest.approx(whole["quantized"][0]["val"]["all"], rel=1e-3)
+        assert row["codes"]["rows_999"] == pytest.approx(whole["codes"]["rows_999"], rel=1e-2)
+        ours, theirs = curve_of(tmp_path / out), curve_of(tmp_path / "one")
+        assert [e["step"] for e in ours] == [e["step"] for e in theirs] and len(ours) >= 12
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.get("loss") == pytest.approx(b.get("loss"), rel=1e-4) and a.get("lr") == b.get("lr")
+            assert a.get("grad_norm") == pytest.approx(b.get("grad_norm"), rel=1e-2)
+
+
+def test_batches_that_do_not_divide_say_why(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flash_sfa.train.pretrain.dist.size", lambda: 3)
+    with pytest.raises(ValueError, match=r"train.batch=8 .* 3 processes"):
+        pretrain(build_recipe(tiny(data_root)), tmp_path, quiet=True)
+
+
+def test_mfu_counts_the_stated_products(data_root: Path, tmp_path: Path) -> None:
+    for attention, d_qk in (({"kind": "sfa", "topk_k": 3}, 16), ({"kind": "narrow", "qk_dim": 6}, 6)):
+        tree = tiny(data_root, model={"family": "hybrid", "rotary_dims": None, "layers": 2, "global_every": 2})
+        tree["model"]["window"] = 8
+        tree["attention"] = attention
+        recipe = build_recipe(tree)
+        model = models.build_model(recipe, 400)
+        n = models.count_parameters(model, recipe)[0]
+        windowed, whole = 8 - 8 * 7 / 64, 33 / 2
+        assert windowed == sum(min(i + 1, 8) for i in range(32)) / 32
+        expected = 6 * (n + 2 * (32 * windowed + (d_qk + 16) * whole))
+        assert flops_per_token(model, recipe) == pytest.approx(expected)
+    gpt2 = build_recipe(tiny(data_root, model={"family": "gpt2", "rotary_dims": None}))
+    model = models.build_model(gpt2, 400)
+    n = models.count_parameters(model, gpt2)[0] - 32 * 32  # positions take part in no product
+    assert flops_per_token(model, gpt2) == pytest.approx(6 * (n + 2 * 32 * 33 / 2))
+    row = pretrain(build_recipe(tiny(data_root, train={"peak_tflops": 0.5})), tmp_path, quiet=True)
+    assert row["mfu"] == pytest.approx(row["tokens_per_s"] * row["flops_per_token"] / 0.5e12, abs=1e-4)
+    assert "mfu" in curve_of(tmp_path)[-1] and row["peak_flops"] == 0.5e12
+
+
+def test_tensorboard_has_the_curve(data_root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain(build_recipe(tiny(data_root)), tmp_path, quiet=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [e["loss"] for e in curve_of(tmp_path) if "loss" in e]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses)
 
 
 def test_quantised_rivals_are_rows(data_root: Path, tmp_path: Path) -> None:

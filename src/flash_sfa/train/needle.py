@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import dist
 from .recipe import NeedleSpec, Recipe
 
 
@@ -151,6 +152,8 @@ class NeedleTask:
         rng = np.random.default_rng([self.recipe.train.seed, 1, step])
         length = int(rng.choice(self.spec.train_lengths))
         count = self.recipe.train.batch * self.recipe.model.context // length
+        if count % parts:
+            raise ValueError(f"{count} rows of {length} tokens a step do not divide among {parts} processes")
         rows, _ = make_rows(self.spec, rng, count, length)
         return torch.from_numpy(rows[part * count // parts : (part + 1) * count // parts])
 
@@ -170,10 +173,10 @@ class NeedleTask:
                 rng = np.random.default_rng([self.recipe.train.seed, 2, length, i])
                 rows = torch.from_numpy(make_rows(self.spec, rng, trials, length, depth)[0])
                 hits = 0
-                for chunk in torch.split(rows, batch):
+                for chunk in torch.split(rows, batch)[dist.rank() :: dist.size()]:
                     answers = [self.spec.value_tokens] * len(chunk)
                     hits += count_hits(model, chunk.to(device), answers, self.recipe.train.bf16)
-                out.append(cell(length, depth, trials, hits))
+                out.append(cell(length, depth, trials, int(dist.total(torch.tensor(hits, device=device)))))
         return out
 
     def curve(self, model: Any, device: str) -> dict[str, float]:

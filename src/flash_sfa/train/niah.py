@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import models, needle
+from . import dist, models, needle
 from .attention import key_bytes
-from .pretrain import commit, pretrain, summary
+from .pretrain import commit, pretrain, report
 from .recipe import Recipe, build_recipe, load_recipe
 
 CITIES = ("Athens", "Berlin", "Cairo", "Dakar", "Geneva", "Havana", "Kyoto", "Lima", "Oslo", "Paris", "Quito", "Vienna")
@@ -220,8 +220,9 @@ def _run(args: argparse.Namespace) -> int:
         row = pretrain(recipe, args.out, quiet=args.quiet)
         common = {**_about(recipe, None, recipe.name), "task": "synthetic"}
         common.update({key: row[key] for key in ("k_bytes", "tokens", "complete", "commit", "time")})
-        write_rows(args.out, row["needle"], common)
-        print(summary(row))
+        if dist.rank() == 0:
+            write_rows(args.out, row["needle"], common)
+        report(row)
         return 0
     if args.overrides:
         raise ValueError("--set is for recipes")

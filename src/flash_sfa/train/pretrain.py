@@ -1,6 +1,10 @@
 """``flash-sfa pretrain``: train a recipe's model on token shards and leave one result row.
 
+Several GPUs, one process each: ``torchrun --nproc-per-node 4 -m flash_sfa.train.pretrain RECIPE --out DIR`` or
+``accelerate launch -m flash_sfa.train.pretrain RECIPE --out DIR`` (DDP; train.batch is that of all together).
+
 Files in --out: ``recipe.json`` (what ran), ``log.jsonl`` (the curve), ``checkpoint.pt`` (train.save_every),
+``tensorboard/``,
 ``model/`` (with train.save_last, a Transformers checkpoint) and ``row.json`` (the result, written last).
 """
 
@@ -13,16 +17,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from . import models
+from . import dist, models
 from .attention import key_bytes
+from .flops import flops_per_token, peak_flops
 from .needle import NeedleTask
 from .recipe import Recipe, load_recipe
 from .schedule import learning_rate
@@ -54,12 +61,12 @@ def evaluate(
 
     Every token but the first is predicted once, from the at most ``context`` tokens before it in its own
     window.
-    limit > 0 takes only the first ``limit`` tokens.
+    limit > 0 takes only the first ``limit`` tokens. Several processes share the windows.
     """
     tokens = data.tokens if limit <= 0 else min(limit, data.tokens)
     starts = list(range(0, tokens - 1, context))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for first in range(0, len(starts), batch):
+    for first in range(dist.rank() * batch, len(starts), dist.size() * batch):
         rows = []
         for start in starts[first : first + batch]:
             row = torch.from_numpy(data.read(start, min(context + 1, tokens - start)))
@@ -67,7 +74,7 @@ def evaluate(
         block = torch.stack(rows).to(device)
         inputs = block[:, :-1].clamp_min(0)
         total += token_losses(model, inputs, block[:, 1:], bf16).double().sum()
-    return float(total), tokens - 1
+    return float(dist.total(total)), tokens - 1
 
 
 def evaluate_all(model: Any, sets: dict[str, TokenShards], recipe: Recipe, device: str) -> dict[str, float]:
@@ -237,6 +244,11 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     """
     spec, m = recipe.train, recipe.model
     device = spec.device if spec.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dist.join(device)
+    first, processes = dist.rank() == 0, dist.size()
+    micro = spec.micro_batch or spec.batch // processes
+    if spec.batch % processes or spec.batch % (micro * processes):
+        raise ValueError(f"train.batch={spec.batch} must be a multiple of {processes} processes x {micro} rows")
     out.mkdir(parents=True, exist_ok=True)
     config = dataclasses.asdict(recipe)
     recipe_file, row_file, log_file = out / "recipe.json", out / "row.json", out / "log.jsonl"
@@ -244,11 +256,13 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         raise ValueError(f"{out} holds a run of another recipe; choose another --out")
     if row_file.is_file():
         return dict(json.loads(row_file.read_text()))
-    write_json(recipe_file, config)
+    dist.barrier()
+    if first:
+        write_json(recipe_file, config)
 
     task = make_task(recipe)
     steps = spec.tokens // (spec.batch * m.context)
-    parts = spec.batch // (spec.micro_batch or spec.batch)
+    parts = spec.batch // (micro * processes)
 
     torch.manual_seed(spec.seed)
     if device == "cuda":
@@ -256,7 +270,16 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     model = models.build_model(recipe, task.vocab_size).to(device).train()
     optimizer = _optimizer(model, recipe, device)
     total, active = models.count_parameters(model, recipe)
-    loss_fn: Callable[..., Tensor] = torch.compile(task.loss, dynamic=False) if spec.compile else task.loss
+    wrapped = _Loss(model, torch.compile(task.loss, dynamic=False) if spec.compile else task.loss)
+    loss_fn: Callable[..., Tensor] = wrapped
+    ddp: DistributedDataParallel | None = None
+    if processes > 1:
+        # Not split into buckets for overlap: the whole backward is one graph, as with one process.
+        torch._dynamo.config.optimize_ddp = False
+        loss_fn = ddp = DistributedDataParallel(wrapped)
+    device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    peak = peak_flops(device_name, spec.peak_tflops) if isinstance(task, TextTask) else None
+    flops = flops_per_token(model, recipe)
 
     begin = 0
     checkpoint = out / "checkpoint.pt"
@@ -265,13 +288,15 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         begin = int(state["step"])
-    kept = log_file.read_text().splitlines() if begin and log_file.is_file() else []
-    lines = [line for line in kept if json.loads(line)["step"] <= begin]
-    log_file.write_text("".join(line + "\n" for line in lines))
+    if first:
+        kept = log_file.read_text().splitlines() if begin and log_file.is_file() else []
+        lines = [line for line in kept if json.loads(line)["step"] <= begin]
+        log_file.write_text("".join(line + "\n" for line in lines))
+    board = _tensorboard(out, begin) if spec.tensorboard and first else None
 
     from tqdm import tqdm
 
-    bar = tqdm(total=steps, initial=begin, desc=recipe.name, disable=True if quiet else None, unit="step")
+    bar = tqdm(total=steps, initial=begin, desc=recipe.name, disable=True if quiet or not first else None, unit="step")
     has_curve = not isinstance(task, TextTask) or task.val
     curve_every = max(steps // recipe.eval.curve_points, 1) if recipe.eval.curve_points and has_curve else 0
     warmup = max(round(spec.warmup * steps), 1)
@@ -280,7 +305,7 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     paused, stopped, first_step_s = 0.0, False, 0.0
     running = torch.zeros((), device=device)
     gathered, done = 0, begin
-    with log_file.open("a", buffering=1) as log:
+    with (log_file if first else Path(os.devnull)).open("a", buffering=1) as log:
         for step in range(begin, steps):
             rate = learning_rate(
                 step,
@@ -293,13 +318,15 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rows = task.rows(step)
+            rows = task.rows(step, dist.rank(), processes)
             if device == "cuda":
                 rows = rows.pin_memory()
             rows = rows.to(device, non_blocking=True)
-            for part in rows.chunk(parts):
-                loss = loss_fn(model, part, spec.bf16) * (len(part) / len(rows))
-                torch.autograd.backward(loss)
+            for i, part in enumerate(rows.chunk(parts)):
+                # Gradients are summed over processes once a step, with the last part.
+                with ddp.no_sync() if ddp is not None and i < parts - 1 else nullcontext():
+                    loss = loss_fn(part, spec.bf16) * (len(part) / len(rows))
+                    torch.autograd.backward(loss)
                 running += loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
             optimizer.step()
@@ -313,7 +340,7 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
                 _sync(device)
                 timed_from, paused = (time.monotonic(), now), 0.0
             if now % spec.log_every == 0 or now == steps:
-                loss_now = float(running) / gathered
+                loss_now = float(dist.total(running)) / (gathered * processes)
                 running.zero_()
                 gathered = 0
                 speed = _speed(timed_from, now, paused, spec.batch * m.context)
@@ -325,27 +352,41 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
                     "grad_norm": float(norm),
                     "tokens_per_s": round(speed),
                 }
+                shown = {"loss": f"{loss_now:.3f}", "tokens/s": f"{speed:.3g}"}
+                if peak:
+                    entry["mfu"] = round(speed * flops / (peak * processes), 4)
+                    shown["mfu"] = f"{entry['mfu']:.1%}"
                 log.write(json.dumps(entry) + "\n")
-                bar.set_postfix(loss=f"{loss_now:.3f}", refresh=False)
+                bar.set_postfix(shown, refresh=False)
+                if board is not None:
+                    for key in entry.keys() - {"step"}:
+                        board.add_scalar(f"train/{key}", entry[key], now)
                 if not math.isfinite(loss_now):
                     raise FloatingPointError(f"{recipe.name}: the loss is {loss_now} at step {now}")
-                stopped = 0 < spec.max_seconds < time.monotonic() - began
+                late = 0 < spec.max_seconds < time.monotonic() - began
+                stopped = spec.max_seconds > 0 and bool(dist.total(torch.tensor(int(late), device=device)))
             bar.update()
             if curve_every and now % curve_every == 0 and now < steps:
                 _sync(device)
                 pause = time.monotonic()
-                log.write(json.dumps({"step": now, "val": task.curve(model, device)}) + "\n")
+                curve = task.curve(model, device)
+                log.write(json.dumps({"step": now, "val": curve}) + "\n")
+                if board is not None:
+                    for key, value in curve.items():
+                        board.add_scalar(f"val/{key}", value, now)
                 paused += time.monotonic() - pause
-            if spec.save_every and now % spec.save_every == 0:
+            if spec.save_every and now % spec.save_every == 0 and first:
                 _save(checkpoint, _state(model, optimizer, now))
             done = now
             if stopped:
                 break
     bar.close()
+    if board is not None:
+        board.close()
     _sync(device)
     speed = _speed(timed_from, done, paused, spec.batch * m.context)
     seconds = time.monotonic() - began
-    if spec.save_last:
+    if spec.save_last and first:
         model.save_pretrained(out / "model")
     row = {
         "bench": "pretrain" if isinstance(task, TextTask) else "niah",
@@ -357,12 +398,16 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         "complete": done == steps,
         "params": total,
         "params_non_embedding": active,
-        "loss": _last_loss(log_file, done),
+        "loss": _last_loss(log_file, done) if first else math.nan,
         **cache_bytes(model, recipe),
         "tokens_per_s": round(speed),
         "first_step_s": round(first_step_s, 1),
         "train_s": round(seconds, 1),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "processes": processes,
+        "flops_per_token": flops,
+        "peak_flops": peak,
+        "mfu": round(speed * flops / (peak * processes), 4) if peak else None,
+        "device": device_name,
         "torch": torch.__version__,
         "commit": commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -371,13 +416,35 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     model.eval()
     row.update(task.results(model, device))
-    if isinstance(task, TextTask) and task.val and recipe.eval.statistics:
+    if isinstance(task, TextTask) and task.val and recipe.eval.statistics and first:
         qkv = out / "qkv.pt" if recipe.eval.save_qkv else None
         row["codes"] = observe(model, next(iter(task.val.values())), recipe, device, qkv)
     row["quantized"] = _quantized(model, task, recipe, device)
     row["total_s"] = round(time.monotonic() - began, 1)
-    write_json(row_file, row)
-    return row
+    if first:
+        write_json(row_file, row)
+    dist.barrier()
+    return dict(json.loads(row_file.read_text()))
+
+
+class _Loss(nn.Module):
+    """The loss as a module's forward, which DDP needs."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, rows: Tensor, bf16: bool) -> Tensor:
+        return self.loss(self.model, rows, bf16)
+
+
+def _tensorboard(out: Path, begin: int) -> Any:
+    """A TensorBoard writer that hides what an interrupted run wrote after step ``begin``; None if not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=begin + 1)  # type: ignore[no-untyped-call]
 
 
 def _last_loss(log_file: Path, steps: int) -> float:
@@ -438,11 +505,17 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         recipe = load_recipe(args.recipe, args.overrides)
-        row = pretrain(recipe, args.out, quiet=args.quiet)
+        report(pretrain(recipe, args.out, quiet=args.quiet))
     except (ValueError, NotImplementedError) as error:
         raise UsageError(str(error)) from error
-    print(summary(row))
     return 0
+
+
+def report(row: dict[str, Any]) -> None:
+    """Print the summary once and leave the group of processes."""
+    if dist.rank() == 0:
+        print(summary(row), flush=True)
+    dist.leave()
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -462,8 +535,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flash-sfa pretrain", description=__doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    row = pretrain(load_recipe(args.recipe, args.overrides), args.out, quiet=args.quiet)
-    print(summary(row))
+    report(pretrain(load_recipe(args.recipe, args.overrides), args.out, quiet=args.quiet))
     return 0
 
 

@@ -64,7 +64,11 @@ class DataSpec:
 
 @dataclass
 class TrainSpec:
-    """The run: tokens seen, rows a step, learning rate and the like. max_seconds 0 = no limit."""
+    """The run: tokens seen, rows a step, learning rate and the like. max_seconds 0 = no limit.
+
+    batch counts the rows of a step over all processes, micro_batch those of one forward pass in one process.
+    tensorboard: write logs for it where it is installed. peak_tflops: what MFU is measured against, 0 = by device.
+    """
 
     tokens: int = 42_000_000
     batch: int = 32
@@ -85,6 +89,8 @@ class TrainSpec:
     save_last: bool = False
     log_every: int = 20
     max_seconds: float = 0.0
+    tensorboard: bool = True
+    peak_tflops: float = 0.0
 
 
 @dataclass
