@@ -41,7 +41,7 @@ def test_opcheck_of_codes(d: int, dims: list[int], dtype: torch.dtype) -> None:
     x = rand(2, 3, d, dtype=dtype)
     for topk in (4, d):
         opcheck(ops.topk, (x, topk, dims, "reference"))
-        opcheck(ops.topk_kept, (x, topk, dims, "reference"))
+        opcheck(ops.topk_kept, (x.detach(), topk, dims))
     values, indices, dense = (t.detach() for t in ops.topk(x, 4, dims, "reference"))
     opcheck(ops.expand, (values.requires_grad_(), indices, dense.requires_grad_(), d, dims, "reference"))
     opcheck(ops.gather, (x, indices, dims, "reference"))
@@ -56,7 +56,13 @@ def attention_arguments(kind: str, dtype: torch.dtype) -> tuple:
     sides: list[Any] = []
     for x, is_dense in ((q, False), (k, kind == "dense side")):
         code = topk_sparsify(x.detach(), 5, dense_dims=dims)
-        parts = (x.detach(), None, None, None) if is_dense else (code.values, code.indices, code.dense, None)
+        parts = (
+            (x.detach(), None, None, None, None) if is_dense else (code.values, code.indices, code.dense, None, None)
+        )
+        if kind == "source":
+            parts = (*ops.topk_kept(x.detach(), 5, dims), x.detach())
+            sides += [*parts[:4], parts[4].requires_grad_()]
+            continue
         sides += [part if part is None or not part.is_floating_point() else part.requires_grad_() for part in parts]
     mask = torch.rand(2, 1, 9, 9) > 0.5 if kind == "mask" else None
     cu = torch.tensor([0, 4, 4, 9], dtype=torch.int32) if kind == "varlen" else None
@@ -66,7 +72,7 @@ def attention_arguments(kind: str, dtype: torch.dtype) -> tuple:
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
-@pytest.mark.parametrize("kind", ("codes", "dims", "dense side", "mask", "varlen"))
+@pytest.mark.parametrize("kind", ("codes", "dims", "source", "dense side", "mask", "varlen"))
 def test_opcheck_of_attention(kind: str, dtype: torch.dtype) -> None:
     arguments = attention_arguments(kind, dtype)
     for return_lse in (False, True):
@@ -74,11 +80,14 @@ def test_opcheck_of_attention(kind: str, dtype: torch.dtype) -> None:
         opcheck(fused.attention, (*arguments, return_lse, "sdpa"), rtol=2e-2, atol=2e-2)
     out, lse, bad = fused.attention(*arguments, True, "sdpa")
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    del detached[7], detached[3]  # the expanded rows
+    del detached[8:10], detached[3:5]  # the expanded rows, the sources
     grads = torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), bad
-    opcheck(fused.attention_backward, (*grads, *detached, True, "sdpa"))
-    shapes = [x.shape for x in fused.attention_backward(*grads, *detached, True, "sdpa")]
-    assert shapes[0] == arguments[0].shape and shapes[2] == arguments[4].shape and shapes[4] == arguments[8].shape
+    source = kind == "source"
+    opcheck(fused.attention_backward, (*grads, *detached, True, "sdpa", source, source))
+    shapes = [x.shape for x in fused.attention_backward(*grads, *detached, True, "sdpa", source, source)]
+    at = 4 if source else 0
+    assert shapes[0] == arguments[at].shape and shapes[2] == arguments[5 + at].shape
+    assert shapes[4] == arguments[10].shape
 
 
 # ----------------------------------------------------------------------------------------------- compile
@@ -208,5 +217,5 @@ def test_export_keeps_the_operators() -> None:
     inputs = tuple(x.detach() for x in (rand(2, 9, 4, 32), rand(2, 9, 2, 32), rand(2, 9, 2, 16)))
     program = torch.export.export(Attend(), inputs)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {"flash_sfa.topk.default", "flash_sfa.attention.default"} <= called
+    assert {"flash_sfa.topk_kept.default", "flash_sfa.attention.default"} <= called
     assert torch.equal(program.module()(*inputs), Attend()(*inputs))

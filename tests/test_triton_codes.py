@@ -53,6 +53,7 @@ def check(x: Tensor, topk: int, dims: tuple[int, ...] = (), **options: str) -> N
     *again, kept = triton_codes.topk_kept(x, topk, dims, **options)
     assert all(same(a, b) for a, b in zip(again, got)), "topk_kept"
     assert same(kept, reference.expand(*wanted, d, dims)), "kept"
+    assert same(triton_codes.keep(x, wanted[1], dims), reference.keep(x, wanted[1], dims)), "keep"
     assert same(triton_codes.expand(*wanted, d, dims), reference.expand(*wanted, d, dims)), "expand"
     for a, b in zip(triton_codes.gather(x, wanted[1], dims), reference.gather(x, wanted[1], dims)):
         assert same(a, b), "gather"

@@ -36,6 +36,7 @@ def _calls() -> dict[str, Callable[[Any], object]]:
         "topk_kept_128_8": lambda t: t.topk_kept(x(128), 8, ()),
         "topk_kept_64_16_some": lambda t: t.topk_kept(x(64), 16, (5, 1)),
         "topk_kept_256_8_prefix": lambda t: t.topk_kept(x(256), 8, tuple(range(16))),
+        "keep_128_8": lambda t: t.keep(x(128), code(128, 8, 0)[1], ()),
         "topk_one_row": lambda t: t.topk(x(64, n=1), 2, ()),
         "topk_fp32_some": lambda t: t.topk(x(128, torch.float32), 8, (3, 1)),
         "expand_128_8": lambda t: t.expand(*code(128, 8, 0), 128, ()),

@@ -511,13 +511,12 @@ def _fused(
     for x, side in ((q, call.q_side), (k, call.k_side)):
         if isinstance(x, SparseCode):
             code = x.to(call.dtype)
-            parts += [code.values, code.indices, code.dense, None]
+            parts += [code.values, code.indices, code.dense, None, None]
         elif side.topk is None:
-            parts += [x.to(call.dtype), None, None, None]
-        elif x.is_cuda:
-            parts += ops.topk_kept(x.to(call.dtype), min(side.topk, MAX_DIM), list(side.dense_dims), "auto")
+            parts += [x.to(call.dtype), None, None, None, None]
         else:
-            parts += [*ops.topk(x.to(call.dtype), min(side.topk, MAX_DIM), list(side.dense_dims), "auto"), None]
+            x = x.to(call.dtype)
+            parts += [*ops.topk_kept(x.detach(), min(side.topk, MAX_DIM), list(side.dense_dims)), x]
     seed = torch.randint(2**62, (1,), device=v.device) if call.dropout_p > 0.0 else None
     longest = (x.shape[1] if n is None else n for x, n in zip((q, k), max_seqlens))
     out, lse, _ = fused.attention(

@@ -17,14 +17,15 @@ from .impl import sdpa
 
 @torch.library.custom_op("flash_sfa::attention", mutates_args=())
 def attention(
-    q: Tensor, q_indices: Tensor | None, q_dense: Tensor | None, q_rows: Tensor | None,
-    k: Tensor, k_indices: Tensor | None, k_dense: Tensor | None, k_rows: Tensor | None,
+    q: Tensor, q_indices: Tensor | None, q_dense: Tensor | None, q_rows: Tensor | None, q_source: Tensor | None,
+    k: Tensor, k_indices: Tensor | None, k_dense: Tensor | None, k_rows: Tensor | None, k_source: Tensor | None,
     v: Tensor, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
     dim: int, q_dense_dims: Sequence[int], k_dense_dims: Sequence[int], left: int, right: int, softmax_scale: float,
     max_seqlen_q: int, max_seqlen_k: int, drop: bool, dropout_p: float, return_lse: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k: code values, or the dense rows where indices is None; q_rows, k_rows: the expanded codes where known.
 
+    q_source, k_source: the tensors that the codes were made from here; then they get the gradient, not the codes.
     Returns out (as v), lse (b, hq, sq) and marks of non-finite values for the backward. With cu_seqlens the batch
     dimension is 1 and the sequences lie one after another. ``drop``: a pair without a common feature weighs nothing.
     """
@@ -46,7 +47,8 @@ def attention(
 
 
 @attention.register_fake
-def _(q: Tensor, qi: Any, qd: Any, qr: Any, k: Tensor, ki: Any, kd: Any, kr: Any, v: Tensor, *rest: Any) -> Any:
+def _(q: Tensor, qi: Any, qd: Any, qr: Any, qs: Any, k: Tensor, ki: Any, kd: Any, kr: Any, ks: Any, v: Tensor,
+      *rest: Any) -> Any:  # fmt: skip
     b, sq, hq = q.shape[:3]
     lse = v.new_empty(b, hq, sq, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
     sequences = b if rest[1] is None else rest[1].shape[0] - 1
@@ -63,8 +65,9 @@ def attention_backward(
     v: Tensor, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
     dim: int, q_dense_dims: Sequence[int], k_dense_dims: Sequence[int], left: int, right: int, softmax_scale: float,
     max_seqlen_q: int, max_seqlen_k: int, drop: bool, dropout_p: float, return_lse: bool, impl: str,
+    to_source_q: bool, to_source_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, q_dense, k, k_dense, v; of codes only at the kept coordinates."""
+    """Gradients of q (or of its source), q_dense, k (or its source), k_dense, v; only at the kept coordinates."""
     sides = (q, q_indices, q_dense, None, q_dense_dims), (k, k_indices, k_dense, None, k_dense_dims)
     rows_q, rows_k = (_rows(*side, dim) for side in sides)
     packed = cu_seqlens_q, cu_seqlens_k
@@ -82,36 +85,42 @@ def attention_backward(
         dq, dk, dv = sdpa.backward(
             grad_out, used_grad_lse, out, lse, bad, rows_q, rows_k, v, attn_mask, packed, (left, right), softmax_scale
         )
-    return *_code_grad(dq, q_indices, q_dense_dims), *_code_grad(dk, k_indices, k_dense_dims), dv.contiguous()
+    grads_q = _code_grad(dq, q_indices, q_dense_dims, to_source_q)
+    return *grads_q, *_code_grad(dk, k_indices, k_dense_dims, to_source_k), dv.contiguous()
 
 
 @attention_backward.register_fake
 def _(
     grad_out: Tensor, grad_lse: Any, out: Any, lse: Any, bad: Any,
-    q: Tensor, q_indices: Any, q_dense: Any, k: Tensor, k_indices: Any, k_dense: Any, v: Tensor, *_: Any,
+    q: Tensor, q_indices: Any, q_dense: Any, k: Tensor, k_indices: Any, k_dense: Any, v: Tensor, mask: Any, cu_q: Any,
+    cu_k: Any, seed: Any, dim: int, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    def like(x: Tensor | None, default: Tensor) -> Tensor:
-        return default.new_empty(0) if x is None else x.new_empty(x.shape)
+    def side(x: Tensor, dense: Tensor | None, to_source: bool) -> tuple[Tensor, Tensor]:
+        if to_source:
+            return x.new_empty(*x.shape[:-1], dim), x.new_empty(0)
+        return x.new_empty(x.shape), x.new_empty(0 if dense is None else dense.shape)
 
-    return like(q, q), like(q_dense, q), like(k, k), like(k_dense, k), like(v, v)
+    return *side(q, q_dense, options[-2]), *side(k, k_dense, options[-1]), v.new_empty(v.shape)
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, qi, qd, _, k, ki, kd, _, *others = inputs[:13]
+    q, qi, qd, _, q_source, k, ki, kd, _, k_source, *others = inputs[:15]
     ctx.save_for_backward(q, qi, qd, k, ki, kd, *others, *output)
-    ctx.options = inputs[13:]
+    ctx.options = (*inputs[15:], q_source is not None, k_source is not None)
     ctx.mark_non_differentiable(output[2])
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple:
     *inputs, out, lse, bad = ctx.saved_tensors
     dq, dq_dense, dk, dk_dense, dv = attention_backward(grad_out, grad_lse, out, lse, bad, *inputs, *ctx.options)
-    q_dense, k_dense = inputs[2], inputs[5]
-    return (
-        dq, None, None if q_dense is None else dq_dense, None,
-        dk, None, None if k_dense is None else dk_dense, None,
-        dv, *[None] * 16,
-    )  # fmt: skip
+    sides = (dq, dq_dense, inputs[2], ctx.options[-2]), (dk, dk_dense, inputs[5], ctx.options[-1])
+    grads: list[Tensor | None] = []
+    for grad, grad_dense, dense, to_source in sides:
+        if to_source:
+            grads += [None, None, None, None, grad]
+        else:
+            grads += [grad, None, None if dense is None else grad_dense, None, None]
+    return *grads, dv, *[None] * 16
 
 
 attention.register_autograd(_autograd, setup_context=_context)
@@ -124,8 +133,8 @@ def _scan(q: list[Tensor | None], k: list[Tensor | None], heads: int) -> Tensor:
         return torch.zeros(0, dtype=torch.int32, device=device)
     from .impl import triton_forward
 
-    parts = ([x for x in side if x is not None and x.numel() > 0] for side in (q, k))
-    return triton_forward.scan(device, *parts, heads)
+    parts_q, parts_k = ([x for x in side if x is not None and x.numel() > 0] for side in (q, k))
+    return triton_forward.scan(device, parts_q, parts_k, heads)
 
 
 def _rows(
@@ -147,7 +156,11 @@ def _members(
     return ops.expand(torch.ones_like(values), indices, torch.ones_like(dense), dim, dims, "auto")
 
 
-def _code_grad(grad: Tensor, indices: Tensor | None, dense_dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _code_grad(
+    grad: Tensor, indices: Tensor | None, dense_dims: Sequence[int], to_source: bool
+) -> tuple[Tensor, Tensor]:
     if indices is None:
         return grad.contiguous(), grad.new_empty(0)
+    if to_source:
+        return ops.keep(grad, indices, dense_dims), grad.new_empty(0)
     return ops.gather(grad, indices, dense_dims, "auto")

@@ -46,14 +46,14 @@ def topk(x: Tensor, topk: int, dense_dims: Sequence[int], impl: str) -> tuple[Te
 
 
 @torch.library.custom_op("flash_sfa::topk_kept", mutates_args=())
-def topk_kept(x: Tensor, topk: int, dense_dims: Sequence[int], impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`topk`, and the expanded code, which has no gradient."""
-    if _function("topk", impl, x) is reference.topk:
-        values, indices, dense = reference.topk(x, topk, tuple(dense_dims))
-        return values, indices, dense, reference.expand(values, indices, dense, x.shape[-1], tuple(dense_dims))
-    from .impl import triton_codes
+def topk_kept(x: Tensor, topk: int, dense_dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`topk`, and the expanded code; without a gradient."""
+    return tuple(_function("topk_kept", "auto", x)(x, topk, tuple(dense_dims)))  # type: ignore[return-value]
 
-    return triton_codes.topk_kept(x, topk, tuple(dense_dims))
+
+def keep(x: Tensor, indices: Tensor, dense_dims: Sequence[int]) -> Tensor:
+    """Rows of x with zeros at features that a code does not keep; no operator, without a gradient."""
+    return _function("keep", "auto", x)(x, indices, tuple(dense_dims))  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("flash_sfa::expand", mutates_args=())
@@ -76,7 +76,7 @@ def _(x: Tensor, topk: int, dense_dims: Sequence[int], impl: str) -> tuple[Tenso
 
 
 @topk_kept.register_fake
-def _(x: Tensor, topk: int, dense_dims: Sequence[int], impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, topk: int, dense_dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, d, r = x.shape[:-1], x.shape[-1], len(dense_dims)
     w = min(topk, d - r)
     indices = x.new_empty(*rows, w, dtype=index_dtype(d))
@@ -97,10 +97,10 @@ def _topk_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, _, ctx.dense_dims, ctx.impl = inputs
     ctx.dim = x.shape[-1]
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1], *output[3:])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _topk_backward(ctx: Any, grad_values: Tensor, _: Any, grad_dense: Tensor, *__: Any) -> tuple:
+def _topk_backward(ctx: Any, grad_values: Tensor, _: Any, grad_dense: Tensor) -> tuple:
     (indices,) = ctx.saved_tensors
     return expand(grad_values, indices, grad_dense, ctx.dim, ctx.dense_dims, ctx.impl), None, None, None
 
@@ -128,6 +128,5 @@ def _gather_backward(ctx: Any, grad_values: Tensor, grad_dense: Tensor) -> tuple
 
 
 topk.register_autograd(_topk_backward, setup_context=_topk_context)
-topk_kept.register_autograd(_topk_backward, setup_context=_topk_context)
 expand.register_autograd(_expand_backward, setup_context=_expand_context)
 gather.register_autograd(_gather_backward, setup_context=_gather_context)

@@ -47,6 +47,17 @@ def gather(x: Tensor, indices: Tensor, dense_dims: tuple[int, ...]) -> tuple[Ten
     return x.gather(-1, indices.long()), x.index_select(-1, always)
 
 
+def topk_kept(x: Tensor, topk_: int, dense_dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`topk`, and the expanded code."""
+    code = topk(x, topk_, dense_dims)
+    return *code, expand(*code, x.shape[-1], dense_dims)
+
+
+def keep(x: Tensor, indices: Tensor, dense_dims: tuple[int, ...]) -> Tensor:
+    """Rows of x with zeros at features that a code does not keep."""
+    return x.masked_fill(~members(indices, x.shape[-1], dense_dims), 0.0)
+
+
 def members(indices: Tensor, dim: int, dense_dims: tuple[int, ...]) -> Tensor:
     """True at the features that a row keeps, stored zeros included: (..., dim) bool."""
     kept = torch.zeros(*indices.shape[:-1], dim, dtype=torch.bool, device=indices.device)

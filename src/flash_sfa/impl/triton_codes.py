@@ -423,7 +423,9 @@ def _store_kept(
         low = ((0 - (bits & 1)) & 0xFFFF) | ((0 - ((bits >> 1) & 1)) << 16)
         high = ((0 - ((bits >> 2) & 1)) & 0xFFFF) | ((0 - ((bits >> 3) & 1)) << 16)
         mask = low.to(tl.uint32).to(tl.int64) | (high.to(tl.int64) << 32)
-        q = tl.load(xq + offset[:, None] + c, mask=c < D // 4, other=0, eviction_policy="evict_first")
+        q = tl.load(
+            xq + offset[:, None] + c, mask=inside[:, None] & (c < D // 4), other=0, eviction_policy="evict_first"
+        )
         tl.store(kept + row[:, None] * (D // 4) + c, q & mask, mask=inside[:, None] & (c < D // 4))
 
 
@@ -576,6 +578,22 @@ def _gather(
     tl.store(values + at, tl.load(x + start + offset[:, None] + feature, mask=keep), mask=keep)
     if RD > 0:
         _copy_dense(x + start, dense, dims, offset, (first + i).to(tl.int64), inside, RD, RDP, PREFIX)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _keep(
+    xq, kept, indices, table, x, n_rows, n1, n2, s0, s1, s2,
+    N1: tl.constexpr, N2: tl.constexpr, LEVELS: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, W: tl.constexpr,
+    RD: tl.constexpr, PREFIX: tl.constexpr, R: tl.constexpr, SHORT: tl.constexpr,
+):  # fmt: skip
+    first, i, inside = _tile(n_rows, R, SHORT)
+    start, offset = _row_offsets(i, first, n1, n2, s0, s1, s2, N1, N2, LEVELS)
+    row = (first + i).to(tl.int64)
+    keys = ()
+    for j in tl.static_range(W):
+        feature = tl.load(indices + row * W + j, mask=inside, other=0).to(tl.uint32)
+        keys = keys + (((D - 1 - feature) << 1).to(tl.uint32),)
+    _store_kept(xq + start, offset, kept, row, inside, keys, table, D, NQ, W, RD, PREFIX, R)
 
 
 # --------------------------------------------------------------------------------------------- launchers
@@ -795,3 +813,38 @@ def gather(x: Tensor, indices: Tensor, dense_dims: tuple[int, ...]) -> tuple[Ten
         **_row_arguments(rows, tile, 1),
     )
     return values, dense
+
+
+def keep(x: Tensor, indices: Tensor, dense_dims: tuple[int, ...]) -> Tensor:
+    """Rows of x with zeros at features that a code does not keep.
+
+    Raises NotImplementedError for float64.
+    """
+    _check(x, "x")
+    d, w = x.shape[-1], indices.shape[-1]
+    rows = _rows_of(x.detach())
+    if not _network_fits(rows, 1) or w > 32:
+        values, dense = gather(x, indices, dense_dims)
+        return expand(values, indices, dense, d, dense_dims)
+    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if kept.numel() == 0:
+        return kept
+    prefix = _is_prefix(dense_dims)
+    _launch(
+        _keep,
+        n_rows=kept.numel() // d,
+        tile=128,
+        warps=4,
+        x=x,
+        xq=_quads_of(rows.x),
+        kept=_quads_of(kept),
+        indices=indices.contiguous(),
+        table=indices if prefix else _excluded_table(dense_dims, d // 4, x.device),
+        D=d,
+        NQ=_next_power_of_2(d // 4),
+        W=w,
+        RD=len(dense_dims),
+        PREFIX=prefix,
+        **_row_arguments(rows, 128, 4),
+    )
+    return kept
