@@ -3,8 +3,8 @@
     python benchmarks/quality_page.py
 
 Text between ``<!-- rows: NAME -->`` and ``<!-- end -->`` is replaced, all other text stays. NAME is an experiment (the
-``experiment`` of the rows; rows without one are the scout's), or niah. Names that end in -s0, -s1, ... are seeds of
-one run: the table gives their mean and, from two seeds on, the standard deviation of one run.
+``experiment`` of the rows; where it is missing, the file's name up to the first "_"), or niah. Names that end in -s0,
+-s1, ... are seeds of one run: the table gives their mean and, from two seeds on, the standard deviation.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def read(files: Iterable[Path]) -> list[dict[str, Any]]:
         for line in file.read_text().splitlines():
             row = json.loads(line)
             if row.get("bench") in ("pretrain", "niah") and row.get("complete") and "config" in row:
-                row["experiment"] = row.get("experiment") or ("scout" if row["bench"] == "pretrain" else "niah")
+                row["experiment"] = row.get("experiment") or file.stem.split("_")[0]
                 kept[row["experiment"], row["name"], row["seed"]] = row
     return list(kept.values())
 

@@ -51,7 +51,8 @@ def test_tables_from_rows(page: ModuleType, tmp_path: Path) -> None:
         row("hybrid-half-s0", 120.0, attention={"kind": "narrow", "qk_dim": 32, "v_dim": 32}),
         {"bench": "attention_fwd", "ms_median": 1.0},
     ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    del rows[0]["experiment"]
+    (tmp_path / "decide_cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     text = "Mine.\n\n<!-- rows: decide -->\nold\n<!-- end -->\n\nAlso mine.\n\n<!-- rows: niah -->\n<!-- end -->\n"
     (tmp_path / "q.md").write_text(text)
     for _ in range(2):
