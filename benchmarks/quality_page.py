@@ -29,7 +29,9 @@ LOOKS = {
     "dense, k in bits": ("tab:green", "^"),
     "SFA, q dense": ("tab:red", "D"),
     "SFA, q and k": ("tab:orange", "D"),
+    "SFA with an idea": ("tab:purple", "*"),
 }
+IDEAS = ("shrink", "split_signs", "anneal", "fade", "recent", "balance", "distill")
 
 
 @dataclass
@@ -74,6 +76,8 @@ def plain(name: str) -> str:
 
 def look_of(row: dict[str, Any]) -> str:
     at, model = row["config"]["attention"], row["config"]["model"]
+    if at["kind"] == "sfa" and any(at.get(name) for name in IDEAS):
+        return "SFA with an idea"
     if at["kind"] == "sfa":
         return "SFA, q dense" if at["topk_q"] is None else "SFA, q and k"
     if at["kind"] == "narrow":
@@ -204,7 +208,7 @@ def plot(found: list[Variant], path: Path, title: str) -> None:
                 v.k_bytes, v.mean, yerr=[[low], [high]], color=colour, marker=marker, markersize=6, capsize=3, alpha=0.9
             )
             bits = BITS.search(v.name)
-            label = f"{bits[1]} bits" if bits else v.name.removeprefix(family + "-")
+            label = f"{bits[1]} bits" if bits else v.name.removeprefix("idea-").removeprefix(family + "-")
             label += " (v too)" if v.look == "narrow q, k and v" else ""
             axis.annotate(label, (v.k_bytes, v.mean), xytext=(5, 4), textcoords="offset points", fontsize=6.5)
         best: list[Variant] = []

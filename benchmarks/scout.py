@@ -9,8 +9,9 @@ restart (or resume where the recipe saves checkpoints). On another machine, --do
 earlier: their complete runs are skipped.
 
 A run starts only if its estimated time fits in --budget: the time of a finished run of the same name but for
-the seed (...-s0), else the median of those that ran here; before any has finished, what the logs of the
-running ones say. A run that is still going when the budget ends is killed and leaves no row.
+the seed (...-s0), else the median of those that ran here, by their tokens; before any has finished, what the
+logs of the running ones say. A run that is still going when the budget ends is killed and leaves no row.
+Of several queues the later ones fill the time in which no run of the earlier ones fits any more.
 
 Files in --out: rows.jsonl (results in order of finishing), status.json, table.txt, runs/NAME/, runs/NAME.log.
 """
@@ -34,6 +35,7 @@ from typing import Any
 import yaml
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
+START_S = 25.0  # of a run: start, compiling, evaluation
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -71,6 +73,24 @@ def kind_of(name: str) -> str:
     return re.sub(r"-s\d+$", "", name)
 
 
+def tokens_of(entry: dict[str, Any], overrides: list[str]) -> int:
+    """The tokens that a run trains on."""
+    sys.path.insert(0, str(SOURCE))
+    from flash_sfa.train.recipe import load_recipe
+
+    try:
+        return load_recipe(entry["recipe"], [*settings(entry), *overrides]).train.tokens
+    except ValueError:  # the run itself will say what is wrong
+        return 1
+    finally:
+        sys.path.remove(str(SOURCE))
+
+
+def settings(entry: dict[str, Any]) -> list[str]:
+    """The overrides of an entry as the command takes them."""
+    return [f"{key}={json.dumps(value)}" for key, value in (entry.get("set") or {}).items()]
+
+
 class Scout:
     """The shared state of the worker threads."""
 
@@ -83,6 +103,7 @@ class Scout:
         self.failed: dict[str, str] = {}
         self.skipped: list[str] = []
         self.durations: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
         self.children: list[subprocess.Popen[bytes]] = []
         (out / "runs").mkdir(parents=True, exist_ok=True)
         earlier = {row["name"] for row in read_rows(done) if row.get("complete")}
@@ -94,9 +115,17 @@ class Scout:
     def estimate(self, name: str) -> float:
         """Seconds a run will take; 0 where nothing is known yet."""
         same = [t for other, t in self.durations.items() if kind_of(other) == kind_of(name)]
-        if same or self.durations:
-            return 1.03 * (same[-1] if same else statistics.median(self.durations.values()))
-        return max((self.progress(other, start) for other, start in self.running.items()), default=0.0)
+        if same:
+            return 1.03 * same[-1]
+        if self.durations:
+            return 1.03 * statistics.median(self.scaled(t, other, name) for other, t in self.durations.items())
+        going = [(self.progress(other, start), other) for other, start in self.running.items()]
+        return max((self.scaled(t, other, name) for t, other in going if t), default=0.0)
+
+    def scaled(self, seconds: float, other: str, name: str) -> float:
+        """The time of a run from another's, by their tokens."""
+        ratio = self.tokens.get(name, 1) / self.tokens.get(other, 1)
+        return START_S + (seconds - START_S) * ratio if seconds > START_S else seconds
 
     def progress(self, name: str, start: float) -> float:
         """What a running run will have taken at its end, from its log; 0 without one."""
@@ -130,8 +159,7 @@ class Scout:
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "flash_sfa.train.pretrain", str(entry["recipe"])]
         command += ["--out", str(target), "--quiet", "--set", f"name={name}"]
-        sets = [f"{key}={json.dumps(value)}" for key, value in (entry.get("set") or {}).items()]
-        for override in [*sets, *self.overrides, *extra]:
+        for override in [*settings(entry), *self.overrides, *extra]:
             command += ["--set", override]
         env = dict(os.environ, TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), env.get("PYTHONPATH", "")]))
@@ -270,7 +298,7 @@ def smoke(scout: Scout, entries: list[dict[str, Any]], gpus: list[str], count: i
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("queue", type=Path)
+    parser.add_argument("queue", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", default="0", help="comma-separated ids, or cpu")
     parser.add_argument("--per-gpu", type=int, default=1, help="runs at once on one GPU")
@@ -296,9 +324,12 @@ def main(argv: list[str] | None = None) -> int:
     for item in args.unpack:
         archive, _, folder = item.partition(":")
         unpack(Path(archive), Path(folder))
-    entries = read_queue(args.queue)
+    entries = [entry for file in args.queue for entry in read_queue(file)]
     if args.only:
         entries = [entry for entry in entries if entry["name"] in args.only.split(",")]
+    scout.tokens = {entry["name"]: tokens_of(entry, args.overrides) for entry in entries}
+    if len(scout.tokens) < len(entries):
+        raise SystemExit("a name comes in two queues")
     gpus = args.gpus.split(",")
     if args.smoke and not smoke(scout, entries, gpus, args.smoke):
         print("every smoke run failed; the queue is not started", flush=True)

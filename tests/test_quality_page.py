@@ -77,6 +77,6 @@ def test_needle_table(page: ModuleType) -> None:
 
 def test_repository_page_has_whole_blocks(page: ModuleType, tmp_path: Path) -> None:
     text = (ROOT / "docs/quality.md").read_text()
-    for name in ("scout", "decide", "niah"):
+    for name in ("scout", "decide", "ideas", "niah"):
         assert f"<!-- rows: {name} -->" in text
     page.fill(text, page.read(sorted((ROOT / "benchmarks/results").glob("*.jsonl"))), tmp_path)

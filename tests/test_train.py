@@ -591,6 +591,9 @@ def test_scout_starts_only_what_its_estimate_lets_finish(scout: ModuleType, tmp_
     assert driver.estimate("b-s0") == pytest.approx(80, abs=1)
     driver.durations = {"a-s0": 10.0, "b-s0": 30.0, "c-s0": 20.0}
     assert driver.estimate("b-s1") == pytest.approx(30.9) and driver.estimate("d-s0") == pytest.approx(20.6)
+    driver.tokens = {"a-s0": 100, "b-s0": 100, "c-s0": 100, "short": 40}
+    driver.durations = {"a-s0": 125.0, "b-s0": 75.0, "c-s0": 75.0}
+    assert driver.estimate("short") == pytest.approx(1.03 * (25 + 0.4 * 50))
     driver.budget = 25.0
     jobs: queue.Queue[dict] = queue.Queue()
     jobs.put({"name": "b-s1", "recipe": tmp_path / "none.yaml"})

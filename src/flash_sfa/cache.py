@@ -59,6 +59,8 @@ class _Layer:
     free_pages: list[int]
     free_sums: list[int]
     sequences: dict[int, _Sequence] = field(default_factory=dict)
+    version: int = 0  # counts the changes of sequences
+    tables: tuple[Any, Any] = (None, None)  # what _tables returned, and for what
 
 
 class SparseKVCache:
@@ -135,7 +137,13 @@ class SparseKVCache:
         self._next_id = 0
         # Pools made in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            self._layers = [self._new_layer(device) for _ in range(self.num_layers)]
+            _check_device(device)
+            try:
+                self._layers = [self._new_layer(device) for _ in range(self.num_layers)]
+            except (RuntimeError, MemoryError, OverflowError) as error:
+                raise ValueError(
+                    f"max_tokens={self.max_tokens} in {self.num_layers} layers does not fit into memory: {error}"
+                ) from error
         self.device = self._layers[0].v.device
 
     def _new_layer(self, device: Any) -> _Layer:
@@ -210,6 +218,7 @@ class SparseKVCache:
                 sequence = layer.sequences.pop(seq_id)
                 _release_pages(layer, sequence.pages)
                 layer.free_sums.extend(sequence.sums)
+                layer.version += 1
 
     def seq_lengths(self, seq_ids: Any = None, *, layer: int = 0) -> Tensor:
         """Stored tokens of each sequence in a layer, int64 (n,) on the CPU."""
@@ -238,6 +247,7 @@ class SparseKVCache:
     def _cut(self, layer: _Layer, sequence: _Sequence, length: int) -> None:
         if length == sequence.length:
             return
+        layer.version += 1
         pages, blocks = _ceil(length, self.page_size), _ceil(length, BLOCK)
         _release_pages(layer, sequence.pages[pages:])
         layer.free_sums.extend(sequence.sums[blocks:])
@@ -303,6 +313,7 @@ class SparseKVCache:
         _add_to_sums(pool.sums, v, *torch.unique_consecutive(sum_of, return_counts=True))
         for sequence, added in zip(sequences, counts):
             sequence.length += added
+        pool.version += 1
 
     def _check_rows(self, k: Any, v: Any, batch: int) -> tuple[Tensor | SparseCode, Tensor]:
         check_tensor(v, "v")
@@ -399,6 +410,27 @@ class SparseKVCache:
         pages = _index(sequence.pages[first : _ceil(stop, self.page_size)], self.device)
         rows = pool[pages].transpose(0, 1).flatten(1, 2)
         return rows[:, start - first * self.page_size : stop - first * self.page_size]
+
+    def _tables(self, layer: int, ids: list[int]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Lengths (b,), pages (b, .) and sum blocks (b, .) of sequences, int32 on the device; the longest length."""
+        pool = self._layers[layer]
+        key = (pool.version, tuple(ids))
+        if pool.tables[0] != key:
+            sequences = [pool.sequences[i] for i in ids]
+            widths = [1, *(max((len(t) for t in tables), default=0) for tables in _tables_of(sequences))]
+            sizes = [len(ids) * width for width in widths]
+            host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda")
+            for tables, part, width in zip(
+                ([array("i", [s.length]) for s in sequences], *_tables_of(sequences)), host.split(sizes), widths
+            ):
+                for row, table in zip(part.view(-1, width) if width else (), tables):
+                    if table:
+                        row[: len(table)] = torch.frombuffer(table, dtype=torch.int32)
+            parts = host.to(self.device, non_blocking=True).split(sizes)
+            lengths, pages, sums = (part.view(len(ids), width) for part, width in zip(parts, widths))
+            longest = max((s.length for s in sequences), default=0)
+            pool.tables = (key, (lengths.flatten(), pages, sums, longest))
+        return pool.tables[1]  # type: ignore[no-any-return]
 
     # Bytes
 
@@ -500,6 +532,7 @@ class SparseKVCache:
             pool.refs = refs + [0] * (self.num_pages - len(refs))
             pool.free_pages = list(range(self.num_pages - 1, len(refs) - 1, -1))
             pool.sequences = sequences
+            pool.version += 1
         self._ids = dict.fromkeys(ids)
         self._next_id = int(sd["next_id"])
 
@@ -572,6 +605,14 @@ def _positive(value: Any, name: str) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    # Torch without CUDA raises AssertionError for a CUDA device.
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"device must name a device that torch can use here, got {device!r}: {error}") from error
 
 
 def _float_dtype(dtype: Any, name: str) -> torch.dtype:
@@ -655,6 +696,7 @@ def _copy_sequences(layer: _Layer, moved: dict[int, int]) -> None:
         own = array("i", (layer.free_sums.pop() for _ in range(n_blocks)))
         taken.extend(own)
         layer.sequences[target] = _Sequence(length, pages, own)
+    layer.version += 1
     layer.sums[_index(taken, device)] = sums
 
 
@@ -675,6 +717,10 @@ def _take_page(layer: _Layer) -> int:
     page = layer.free_pages.pop()
     layer.refs[page] = 1
     return page
+
+
+def _tables_of(sequences: list[_Sequence]) -> tuple[list[array], list[array]]:
+    return [s.pages for s in sequences], [s.sums for s in sequences]
 
 
 def _lookup(tables: list[array], unit: int, start: Tensor, row: Tensor, position: Tensor) -> Tensor:

@@ -21,13 +21,12 @@ from .checks import (
     check_window,
 )
 from .codes import SparseCode, autocast_dtype, topk_sparsify
-from .impl import cpu, reference
+from .impl import cpu, cuda_decode, reference
 from .impl import sdpa as sdpa_impl
 
 _SHORT = 16
 _NOT_BUILT = {
     "triton": "no Triton decode kernel is built yet",
-    "cuda": "no CUDA decode kernel is built yet",
     "intersect": "the paper's posting-list kernel is not built yet",
 }
 
@@ -73,8 +72,9 @@ def sfa_attention_with_kvcache(
         nonoverlap: "zero" or "drop", as in `sfa_attention`.
         tolerance: misplaced weight allowed, in [0, 1). "reference" and "sdpa" are exact for any.
         return_lse, return_stats: also return lse, and a dict of statistics.
-        impl: "auto" ("cpu" for at most 16 queries on the CPU, else "sdpa" or "reference"), "cpu" (reads only the
-            V rows it needs; any device), "reference" or "sdpa" (gather the cache, then `sfa_attention`).
+        impl: "auto" (for at most 16 queries "cpu" on the CPU and "cuda" on a GPU where it can, else "sdpa" or
+            "reference"), "cpu" (reads only the V rows it needs; any device), "cuda" (the same in a kernel; exact
+            for any tolerance; no gradient), "reference" or "sdpa" (gather the cache, then `sfa_attention`).
 
     Returns:
         out (b, sq, hq, dv) in the cache's dtype; then, if asked, lse (b, hq, sq), fp32 (float64 for float64), and
@@ -119,7 +119,8 @@ def sfa_attention_with_kvcache(
         cache._check_rows(k, v, len(ids))
         check_same("k", k.shape[1], "q", q.shape[1], "length")
     can_drop = nonoverlap == "drop" and not cache.dense_dims and (topk_q is not None or isinstance(q, SparseCode))
-    impl = _choose(impl, cache, q.shape[1], can_drop)
+    grad = torch.is_grad_enabled() and _anchor(q).requires_grad
+    impl = _choose(impl, cache, q.shape[1], can_drop, grad)
 
     if isinstance(q, Tensor) and topk_q is not None:
         q = topk_sparsify(q, topk_q, dense_dims=cache.dense_dims)
@@ -130,6 +131,9 @@ def sfa_attention_with_kvcache(
     with torch.autocast(cache.device.type, enabled=False):
         if impl == "cpu":
             parts = _cpu(q, cache, layer, ids, (left, right), scale, can_drop, tolerance)
+        elif impl == "cuda":
+            with torch.no_grad():
+                parts = cuda_decode.attend(q, cache, layer, ids, (left, right), scale, can_drop, return_stats)
         else:
             parts = _gathered(q, cache, layer, ids, (left, right), scale, nonoverlap, impl)
     out, lse, misplaced, rows_read = parts
@@ -178,11 +182,17 @@ def _check_topk(q: Tensor | SparseCode, topk: Any, cache: SparseKVCache) -> int 
     return None
 
 
-def _choose(impl: str, cache: SparseKVCache, sq: int, can_drop: bool) -> str:
+def _choose(impl: str, cache: SparseKVCache, sq: int, can_drop: bool, grad: bool) -> str:
     if impl in _NOT_BUILT:
         raise NotImplementedError(f"impl={impl!r}: {_NOT_BUILT[impl]}")
     if impl == "auto" and cache.device.type == "cpu" and sq <= _SHORT:
         return "cpu"
+    if impl == "cuda" or (impl == "auto" and cache.device.type == "cuda"):
+        reason = cuda_decode.unsupported(cache, sq, grad=grad)
+        if reason is None:
+            return "cuda"
+        if impl == "cuda":
+            raise NotImplementedError(f"impl='cuda': {reason}")
     problem = sdpa_impl.unsupported(cache.dtype, cache.device, can_drop=can_drop, dropout_p=0.0, deterministic=False)
     if impl == "sdpa" and problem is not None:
         raise NotImplementedError(f"impl='sdpa': {problem}")
@@ -230,6 +240,10 @@ def _gathered(
     return _stack(parts, q, cache)
 
 
+def _anchor(q: Tensor | SparseCode) -> Tensor:
+    return q.values if isinstance(q, SparseCode) else q
+
+
 def _row_of(row: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x[row, None]
 
@@ -245,6 +259,9 @@ def _nothing(q: Tensor | SparseCode, cache: SparseKVCache) -> tuple[Tensor, Tens
     zeros = torch.zeros(sq, hq, cache.v_head_dim, dtype=acc, device=cache.device)
     lse = torch.full((hq, sq), -torch.inf, dtype=acc, device=cache.device)
     rows_read = torch.zeros(cache.num_kv_heads, dtype=torch.int64, device=cache.device)
+    if _anchor(q).requires_grad:  # keeps the results in the graph of q, with zero gradients
+        nothing = _anchor(q).flatten()[:0].sum().to(acc)
+        zeros, lse = zeros + nothing, lse + nothing
     return zeros, lse, torch.zeros_like(lse), rows_read
 
 

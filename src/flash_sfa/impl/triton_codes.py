@@ -406,26 +406,27 @@ def _store_kept(
 ):  # fmt: skip
     """Writes the rows with zeros at features that are neither in the first W keys of ``top`` nor always on.
 
-    The rows are read again, 32 features at a time: holding them since the first read would cost registers.
+    The rows are read again, 64 features (128 bytes) at a time: holding them since the first read would cost registers.
     """
-    CHUNK: tl.constexpr = min(NQ, 8)
+    CHUNK: tl.constexpr = min(NQ, 16)
     for i in tl.range(0, NQ // CHUNK, num_stages=1):
-        word = tl.zeros((R,), tl.uint32)
+        first = tl.zeros((R,), tl.uint32)
+        second = tl.zeros((R,), tl.uint32)
         for j in tl.static_range(W):
             feature = (D - 1 - ((top[j] >> 1) & 0x7FFF).to(tl.int32)).to(tl.uint32)
             bit = tl.full((R,), 1, tl.uint32) << (feature & 31)
-            word |= tl.where(feature >> 5 == i, bit, 0)
-        nibble = tl.arange(0, CHUNK)[None, :]
-        c = i * CHUNK + nibble
-        bits = (word[:, None] >> (nibble * 4).to(tl.uint32)).to(tl.int32)
+            first |= tl.where(feature >> 5 == 2 * i, bit, 0)
+            second |= tl.where(feature >> 5 == 2 * i + 1, bit, 0)
+        place = tl.arange(0, CHUNK)[None, :]
+        c = i * CHUNK + place
+        word = tl.where(place < 8, first[:, None], second[:, None])
+        bits = (word >> ((place & 7) * 4).to(tl.uint32)).to(tl.int32)
         if RD > 0:
             bits |= _excluded(c, table, D, RD, PREFIX)
         low = ((0 - (bits & 1)) & 0xFFFF) | ((0 - ((bits >> 1) & 1)) << 16)
         high = ((0 - ((bits >> 2) & 1)) & 0xFFFF) | ((0 - ((bits >> 3) & 1)) << 16)
         mask = low.to(tl.uint32).to(tl.int64) | (high.to(tl.int64) << 32)
-        q = tl.load(
-            xq + offset[:, None] + c, mask=inside[:, None] & (c < D // 4), other=0, eviction_policy="evict_first"
-        )
+        q = tl.load(xq + offset[:, None] + c, mask=inside[:, None] & (c < D // 4), other=0)
         tl.store(kept + row[:, None] * (D // 4) + c, q & mask, mask=inside[:, None] & (c < D // 4))
 
 

@@ -175,16 +175,16 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["count_a", "count_b"])
-def _scan(values_a, values_b, bad, count_a, count_b, BM: tl.constexpr, BN: tl.constexpr):
-    """Marks bad[0] and bad[1] if some of two lists of values is not finite."""
-    SIZE: tl.constexpr = BM * BN
-    programs_a = tl.cdiv(count_a, SIZE)
+def _scan(values_a, values_b, bad, count_a, count_b, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Marks bad[0] and bad[1] if some of two lists of rows of WIDTH values is not finite."""
+    programs_a = tl.cdiv(count_a, BM)
     pid = tl.program_id(0)
     second = pid >= programs_a
-    at = (pid - tl.where(second, programs_a, 0)).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    a = tl.load(values_a + at, mask=(at < count_a) & (second == 0), other=0.0)
-    b = tl.load(values_b + at, mask=(at < count_b) & second, other=0.0)
-    if tl.max(tl.where(finite(a) & finite(b), 0, 1), 0) > 0:
+    row = (pid - tl.where(second, programs_a, 0)).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    at = row * WIDTH + tl.arange(0, WIDTH)[None, :]
+    a = tl.load(values_a + at, mask=(row < count_a) & (second == 0), other=0.0)
+    b = tl.load(values_b + at, mask=(row < count_b) & second, other=0.0)
+    if tl.max(tl.max(tl.where(finite(a) & finite(b), 0, 1), 1), 0) > 0:
         tl.store(bad, 1)
         tl.store(bad + 1, 1)
 
@@ -345,8 +345,8 @@ def shared_memory(device: torch.device) -> int:
 
 # (widest padded head dim, bytes an element, shared memory from) -> tiles; the first that fits.
 _FORWARD = {
-    (64, 2, 0): Tiles(128, 64, 4, 3),
-    (128, 2, 160 * 1024): Tiles(128, 128, 8, 2),
+    (64, 2, 0): Tiles(128, 64, 8, 3),
+    (128, 2, 160 * 1024): Tiles(128, 64, 8, 3),
     (128, 2, 0): Tiles(64, 64, 4, 2),
     (256, 2, 192 * 1024): Tiles(128, 64, 8, 2),
     (256, 2, 0): Tiles(64, 32, 4, 2),
@@ -434,13 +434,11 @@ def scan(device: torch.device, q: list[Tensor], k: list[Tensor], heads: int) -> 
     bad = torch.zeros(2 + heads, dtype=torch.int32, device=device)
     for pair in itertools.zip_longest(q, k):
         a, b = (bad[:0] if x is None else x.detach().reshape(-1) for x in pair)
-        programs = sum(-(-x.numel() // 4096) for x in (a, b))
+        width = 8 if a.numel() % 8 == 0 and b.numel() % 8 == 0 else 1
+        counts = {"count_a": a.numel() // width, "count_b": b.numel() // width}
         a, b = (a if a.numel() else b), (b if b.numel() else a)
-        counts = {
-            "count_a": pair[0].numel() if pair[0] is not None else 0,
-            "count_b": pair[1].numel() if pair[1] is not None else 0,
-        }
-        launch(_scan, a, programs, Tiles(64, 64, 4, 1), values_a=a, values_b=b, bad=bad, **counts)
+        programs = sum(-(-count // 512) for count in counts.values())
+        launch(_scan, a, programs, Tiles(512, 1, 4, 1), values_a=a, values_b=b, bad=bad, WIDTH=width, **counts)
     return bad
 
 

@@ -25,6 +25,9 @@ class LayerAttention:
         topk_q, topk_k: features kept a row beside dense_dims; None keeps the side dense.
         dense_dims: features that are always kept.
         path: "mask" or "op", for kind "sfa".
+        shrink, split_signs, anneal, fade, recent, balance, distill: see ``flash_sfa.train.recipe.AttentionSpec``.
+        progress: None (the end of the run) or the share of the run that is done, a float32 scalar tensor.
+        aux: the losses of balance and distill of the last call with gradients, None without one.
         k_bits: None, or the bits to which k is rounded (evaluation only), see ``quantize_keys``.
         observed: None, or a list to which each call appends its statistics (evaluation only).
         captured: None, or a list to which each call appends q, k, v as they enter top-k (evaluation only).
@@ -37,6 +40,15 @@ class LayerAttention:
     topk_k: int | None = None
     dense_dims: tuple[int, ...] = ()
     path: str = "mask"
+    shrink: bool = False
+    split_signs: bool = False
+    anneal: float = 0.0
+    fade: float = 0.0
+    recent: int = 0
+    balance: float = 0.0
+    distill: float = 0.0
+    progress: Tensor | None = field(default=None, repr=False)
+    aux: Tensor | None = field(default=None, repr=False)
     k_bits: int | None = None
     observed: list[dict[str, float]] | None = field(default=None, repr=False)
     captured: list[tuple[Tensor, Tensor, Tensor]] | None = field(default=None, repr=False)
@@ -45,10 +57,7 @@ class LayerAttention:
 def topk_mask(x: Tensor, topk: int, dense_dims: tuple[int, ...] = ()) -> Tensor:
     """True at the features that ``topk_sparsify(x, topk, dense_dims=dense_dims)`` keeps.
 
-    Each feature gets a unique integer: the bits of |x|, then the feature number counted from the end, so one
-    comparison with the k-th largest selects exactly k and ties go to the lowest number. The k-th largest
-    comes
-    from k maxima in a row, which a compiler fuses into one pass over a row.
+    The k-th largest comes from k maxima in a row, which a compiler fuses into one pass over a row.
 
     Args:
         x: (..., d) bfloat16, float16 or float32, d <= 8192. topk: at least 1.
@@ -68,13 +77,32 @@ def topk_mask(x: Tensor, topk: int, dense_dims: tuple[int, ...] = ()) -> Tensor:
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}")
     d = x.shape[-1]
+    width = min(topk, d - len(dense_dims))
+    if width == d - len(dense_dims):
+        return torch.ones_like(x, dtype=torch.bool)
+    key, always = _order(x, dense_dims)
+    if width > ROUNDS:
+        kth = key.topk(width, dim=-1).values[..., -1:]
+    else:
+        left = key
+        for _ in range(width - 1):
+            left = torch.where(left == left.amax(-1, keepdim=True), -1, left)
+        kth = left.amax(-1, keepdim=True)
+    kept: Tensor = (key >= kth) | always
+    return kept
+
+
+def _order(x: Tensor, dense_dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A unique integer for each feature, and a mask (d,) of those always on, which get -1.
+
+    It is the bits of |x|, then the feature number counted from the end, so one comparison with the k-th largest
+    selects exactly k and ties go to the lowest number.
+    """
+    d = x.shape[-1]
     feature = torch.arange(d, device=x.device)
     always = torch.zeros(d, dtype=torch.bool, device=x.device)
     for u in dense_dims:
         always = always | (feature == u)
-    width = min(topk, d - len(dense_dims))
-    if width == d - len(dense_dims):
-        return torch.ones_like(x, dtype=torch.bool)
     bits = x.float().abs().view(torch.int32)
     bits = torch.where(torch.isnan(x), 0x7FC00000, bits)
     order = d - 1 - feature
@@ -86,16 +114,93 @@ def topk_mask(x: Tensor, topk: int, dense_dims: tuple[int, ...] = ()) -> Tensor:
         key = (bits.long() << 16) | order
     else:
         raise TypeError(f"x must be bfloat16, float16 or float32, got {x.dtype}")
-    key = torch.where(always, -1, key)
-    if width > ROUNDS:
-        kth = key.topk(width, dim=-1).values[..., -1:]
-    else:
-        left = key
-        for _ in range(width - 1):
-            left = torch.where(left == left.amax(-1, keepdim=True), -1, left)
-        kth = left.amax(-1, keepdim=True)
+    return torch.where(always, -1, key), always
+
+
+def _annealed_mask(x: Tensor, topk: int, dense_dims: tuple[int, ...], share: Tensor) -> Tensor:
+    """``topk_mask`` with topk falling from all features at share 0 to ``topk`` at 1, by equal factors.
+
+    The number is a tensor, so that a compiled step stays one graph while it changes.
+    """
+    free = x.shape[-1] - len(dense_dims)
+    now = (free * (min(topk, free) / free) ** share.clamp(max=1.0)).round().long()
+    key, always = _order(x, dense_dims)
+    kth = key.sort(-1, descending=True).values.index_select(-1, now.view(1) - 1)
     kept: Tensor = (key >= kth) | always
     return kept
+
+
+def codes_of(x: Tensor, topk: int | None, at: LayerAttention) -> Tensor:
+    """x as its codes take part in scores: zeros at dropped features, or what the layer's ideas make of them."""
+    if topk is None:
+        return x
+    if not (at.shrink or at.anneal or at.fade):
+        return keep_topk(x, topk, at.dense_dims)
+    with torch.no_grad():
+        if at.anneal and at.progress is not None:
+            mask = _annealed_mask(x, topk, at.dense_dims, at.progress / at.anneal)
+        else:
+            mask = topk_mask(x, topk, at.dense_dims)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    values = x
+    if at.shrink:
+        tau = torch.where(mask, zero, x.abs()).amax(-1, keepdim=True)
+        if at.dense_dims:
+            tau = torch.where(torch.arange(x.shape[-1], device=x.device) < len(at.dense_dims), zero, tau)
+        values = x - x.sign() * tau
+    out = torch.where(mask, values, zero)
+    if at.fade and at.progress is not None:
+        out = out + (1 - at.progress / at.fade).clamp(min=0.0).to(x.dtype) * torch.where(mask, zero, x)
+    return out
+
+
+def split_signs(x: Tensor, dense_dims: tuple[int, ...]) -> Tensor:
+    """The always-on features (the first ones), then relu(x) and relu(-x) of the others."""
+    r = len(dense_dims)
+    return torch.cat([x[..., :r], x[..., r:].relu(), (-x[..., r:]).relu()], -1)
+
+
+def balance_loss(x: Tensor, topk: int, dense_dims: tuple[int, ...]) -> Tensor:
+    """1 where every free feature is kept equally often, more the fewer do the work; mean over heads.
+
+    d / topk times the sum over features of the share kept (no gradient) and the mean softmax of |x|.
+    """
+    r = len(dense_dims)
+    kept = topk_mask(x.detach(), topk, dense_dims)[..., r:].float().mean((0, 2))
+    soft = x[..., r:].float().abs().softmax(-1).mean((0, 2))
+    return (kept * soft).sum(-1).mean() * (soft.shape[-1] / min(topk, soft.shape[-1]))
+
+
+def _seen(n: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How far key j lies behind query i, and whether i sees it: (n, n) both."""
+    i = torch.arange(n, device=device)
+    behind = i[:, None] - i[None, :]
+    return behind, (behind >= 0) & (behind < (window or n))
+
+
+def _scores(q: Tensor, k: Tensor, at: LayerAttention, scale: float, window: int | None) -> Tensor:
+    """All scores of an SFA layer in fp32, -inf where unseen: for ideas that no SDPA call can do, and statistics."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    behind, seen = _seen(q.shape[2], window, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = codes_of(q, at.topk_q, at).float() @ codes_of(k, at.topk_k, at).float().transpose(-1, -2)
+        if at.recent:
+            scores = torch.where(behind < at.recent, q.float() @ k.float().transpose(-1, -2), scores)
+    return (scores * scale).masked_fill(~seen, -torch.inf)
+
+
+def distill_loss(q: Tensor, k: Tensor, at: LayerAttention, scale: float, window: int | None) -> Tensor:
+    """Mean divergence of the layer's attention from that with q and k whole, on a quarter of the rows of the batch.
+
+    The whole attention gets no gradient.
+    """
+    some = max(q.shape[0] // 4, 1)
+    q, k = q[:some], k[:some]
+    with torch.no_grad():
+        whole = _scores(q, k, LayerAttention(), scale, window).log_softmax(-1)
+    ours = _scores(q, k, at, scale, window).log_softmax(-1)
+    gap = torch.where(torch.isinf(whole), 0.0, whole - ours.masked_fill(torch.isinf(whole), 0.0))
+    return (whole.exp() * gap).sum(-1).mean()
 
 
 def keep_topk(x: Tensor, topk: int, dense_dims: tuple[int, ...] = ()) -> Tensor:
@@ -130,8 +235,9 @@ def key_bytes(head_dim: int, at: LayerAttention) -> float:
     if at.kind == "narrow":
         return 2.0 * (at.qk_dim or head_dim)
     if at.kind == "sfa" and at.topk_k is not None:
-        width = min(at.topk_k, head_dim - len(at.dense_dims))
-        return width * (3.0 if head_dim <= 256 else 4.0) + 2.0 * len(at.dense_dims)
+        features = 2 * head_dim - len(at.dense_dims) if at.split_signs else head_dim
+        width = min(at.topk_k, features - len(at.dense_dims))
+        return width * (3.0 if features <= 256 else 4.0) + 2.0 * len(at.dense_dims)
     return 2.0 * head_dim
 
 
@@ -147,10 +253,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> 
     if window is None or window >= n:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
-        i = torch.arange(n, device=q.device)
-        behind = i[:, None] - i[None, :]
-        mask = (behind >= 0) & (behind < window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(n, window, q.device)[1], scale=scale)
     return out[..., :dv]
 
 
@@ -188,6 +291,8 @@ def train_attention(
     if at.kind == "narrow" and at.qk_dim is not None and at.qk_dim < q.shape[-1]:
         scaling = scaling * (q.shape[-1] / at.qk_dim) ** 0.5
         q, k = q[..., : at.qk_dim], k[..., : at.qk_dim]
+    if at.split_signs:
+        q, k = split_signs(q, at.dense_dims), split_signs(k, at.dense_dims)
     dv = v.shape[-1]
     if at.v_dim is not None:
         v = v[..., : at.v_dim]
@@ -212,14 +317,29 @@ def train_attention(
         )
         return out, None
     if at.kind == "sfa":
-        if at.topk_q is not None:
-            q = keep_topk(q, at.topk_q, at.dense_dims)
-        if at.topk_k is not None:
-            k = keep_topk(k, at.topk_k, at.dense_dims)
+        if torch.is_grad_enabled() and (at.balance or at.distill):
+            at.aux = _aux(q, k, at, scaling, sliding_window)
+        if at.recent:
+            weights = _scores(q, k, at, scaling, sliding_window).softmax(-1).to(v.dtype)
+            out = weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+            return out.transpose(1, 2), None
+        q, k = codes_of(q, at.topk_q, at), codes_of(k, at.topk_k, at)
     out = _sdpa(q, k, v, scaling, sliding_window)
     if at.v_dim is not None:
         out = F.pad(out, (0, dv - at.v_dim))
     return out.transpose(1, 2), None
+
+
+def _aux(q: Tensor, k: Tensor, at: LayerAttention, scale: float, window: int | None) -> Tensor:
+    """The weighted extra losses of a layer."""
+    out = torch.zeros((), device=q.device)
+    if at.distill:
+        out = out + at.distill * distill_loss(q, k, at, scale, window)
+    if at.balance:
+        for x, topk in ((q, at.topk_q), (k, at.topk_k)):
+            if topk is not None:
+                out = out + at.balance * balance_loss(x, topk, at.dense_dims)
+    return out
 
 
 @torch.no_grad()
@@ -237,16 +357,12 @@ def _statistics(q: Tensor, k: Tensor, at: LayerAttention, scale: float, window: 
     q_on = topk_mask(q, at.topk_q, at.dense_dims) if sparse and at.topk_q else torch.ones_like(q, dtype=torch.bool)
     k_on = topk_mask(k, at.topk_k, at.dense_dims) if sparse and at.topk_k else torch.ones_like(k, dtype=torch.bool)
     free = [u for u in range(d) if u not in at.dense_dims]
-    i = torch.arange(n, device=q.device)
-    behind = i[:, None] - i[None, :]
-    seen = (behind >= 0) & (behind < (window or n))
+    _, seen = _seen(n, window, q.device)
     pairs = seen.sum()
-    k_all, k_on_all = k.repeat_interleave(groups, 1), k_on.repeat_interleave(groups, 1)
-    shared = q_on.float() @ k_on_all.float().transpose(-1, -2)
+    shared = q_on.float() @ k_on.repeat_interleave(groups, 1).float().transpose(-1, -2)
     hit = (shared > 0) & seen
     by_group = hit.view(hit.shape[0], -1, groups, n, n).any(2)
-    scores = (q * q_on).float() @ (k_all * k_on_all).float().transpose(-1, -2) * scale
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)[..., n // 2 :, :]
+    weights = _scores(q, k, at, scale, window).softmax(-1)[..., n // 2 :, :]
     heavy = (weights.sort(-1, descending=True).values.cumsum(-1) < 0.999).sum(-1) + 1
     out = {
         "overlap": float(hit.sum() / (pairs * hit.shape[0] * hit.shape[1])),

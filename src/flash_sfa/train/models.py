@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import attention
 from .attention import LayerAttention
-from .recipe import Recipe
+from .recipe import IDEAS, Recipe
 
 
 def make_config(recipe: Recipe, vocab_size: int) -> Any:
@@ -126,6 +126,7 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
                 topk_k=at.topk_k,
                 dense_dims=tuple(range(at.dense_dims)),
                 path=at.path,
+                **{name: getattr(at, name) for name in IDEAS},
             )
             if _chosen(config, module.layer_idx)
             else LayerAttention()
@@ -141,6 +142,24 @@ def _chosen(config: Any, layer: int) -> bool:
 def attention_modules(model: nn.Module) -> list[Any]:
     """The attention modules in layer order."""
     return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+
+
+def extra_loss(model: nn.Module, recipe: Recipe) -> Tensor | float:
+    """The sum of the losses that the attention of the last forward pass left (balance, distill)."""
+    out: Tensor | float = 0.0
+    if recipe.attention.balance or recipe.attention.distill:
+        for module in attention_modules(model):
+            if module.sfa_train.aux is not None:
+                out = out + module.sfa_train.aux
+                module.sfa_train.aux = None
+    return out
+
+
+def follow_progress(model: nn.Module, recipe: Recipe, progress: Tensor) -> None:
+    """Let the layers whose attention changes over the run read how much of it is done."""
+    if recipe.attention.anneal or recipe.attention.fade:
+        for module in attention_modules(model):
+            module.sfa_train.progress = progress
 
 
 def count_parameters(model: Any, recipe: Recipe) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dist
+from . import dist, models
 from .recipe import NeedleSpec, Recipe
 
 
@@ -158,10 +158,11 @@ class NeedleTask:
         return torch.from_numpy(rows[part * count // parts : (part + 1) * count // parts])
 
     def loss(self, model: Any, rows: Tensor, bf16: bool) -> Tensor:
-        """Mean cross entropy of the answers."""
+        """Mean cross entropy of the answers, and the attention's extra losses."""
         answer = self.spec.value_tokens
         logits = answer_logits(model, rows, answer, bf16)
-        return F.cross_entropy(logits.flatten(0, 1), rows[:, -answer:].flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, -answer:].flatten())
+        return loss + models.extra_loss(model, self.recipe)
 
     def cells(self, model: Any, device: str, trials: int, lengths: list[int]) -> list[dict[str, Any]]:
         """Trials at every length and depth; the rows depend on the seed, length and depth only."""

@@ -169,8 +169,8 @@ class TextTask:
         return torch.from_numpy(read_rows(self.train, starts, self.recipe.model.context))
 
     def loss(self, model: Any, rows: Tensor, bf16: bool) -> Tensor:
-        """Mean cross entropy of every token but the first of each row."""
-        return mean_loss(model, rows[:, :-1], rows[:, 1:], bf16)
+        """Mean cross entropy of every token but the first of each row, and the attention's extra losses."""
+        return mean_loss(model, rows[:, :-1], rows[:, 1:], bf16) + models.extra_loss(model, self.recipe)
 
     def curve(self, model: Any, device: str) -> dict[str, float]:
         """Loss on the first tokens of the first held-out source."""
@@ -281,6 +281,9 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     peak = peak_flops(device_name, spec.peak_tflops) if isinstance(task, TextTask) else None
     flops = flops_per_token(model, recipe)
 
+    progress = torch.zeros((), device=device)
+    models.follow_progress(model, recipe, progress)
+
     begin = 0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.is_file():
@@ -318,6 +321,7 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            progress.fill_(step / max(steps - 1, 1))
             rows = task.rows(step, dist.rank(), processes)
             if device == "cuda":
                 rows = rows.pin_memory()
@@ -415,6 +419,7 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     if device == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     model.eval()
+    progress.fill_(1.0)
     row.update(task.results(model, device))
     if isinstance(task, TextTask) and task.val and recipe.eval.statistics and first:
         qkv = out / "qkv.pt" if recipe.eval.save_qkv else None

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 FAMILIES = ("gpt2", "rotary", "hybrid", "qwen3")
 KINDS = ("dense", "narrow", "sfa")
 PATHS = ("mask", "op")
+IDEAS = ("shrink", "split_signs", "anneal", "fade", "recent", "balance", "distill")
 
 
 @dataclass
@@ -41,6 +42,15 @@ class AttentionSpec:
 
     dense_dims counts the always-on features from the first on. In the "hybrid" family kind applies to the
     global layers only, the others stay dense. v_dim, for kind narrow, shortens v as well.
+
+    Ideas to close the gap, for kind sfa on path mask:
+    shrink: kept values lose the magnitude of the largest dropped one, so that codes change continuously.
+    split_signs: features become relu(x), relu(-x) before top-k, so that only equal signs meet.
+    anneal: share of the run over which topk falls from all features to its value, by equal factors.
+    fade: share of the run over which dropped features fade from whole to nothing.
+    recent: scores of the last so many tokens use q and k whole.
+    balance: weight of a loss that is least when all features are kept equally often.
+    distill: weight of the divergence from the layer's own attention with q and k whole.
     """
 
     kind: str = "dense"
@@ -50,6 +60,13 @@ class AttentionSpec:
     topk_k: int | None = None
     dense_dims: int = 0
     path: str = "mask"
+    shrink: bool = False
+    split_signs: bool = False
+    anneal: float = 0.0
+    fade: float = 0.0
+    recent: int = 0
+    balance: float = 0.0
+    distill: float = 0.0
 
 
 @dataclass
@@ -283,10 +300,21 @@ def _check(recipe: Recipe) -> None:
                 raise ValueError(f"attention.{name} must be at least 1, got {value}")
         if not 0 <= at.dense_dims < model.head_dim:
             raise ValueError(f"attention.dense_dims must lie in [0, {model.head_dim}), got {at.dense_dims}")
+        for name in ("anneal", "fade", "balance", "distill", "recent"):
+            if getattr(at, name) < 0:
+                raise ValueError(f"attention.{name} must be at least 0, got {getattr(at, name)}")
+        for name in ("anneal", "fade"):
+            if getattr(at, name) > 1:
+                raise ValueError(f"attention.{name} is a share of the run, at most 1, got {getattr(at, name)}")
         if recipe.eval.k_bits:
             raise ValueError("eval.k_bits rounds dense keys; attention.kind sfa stores codes")
     elif at.topk_q is not None or at.topk_k is not None or at.dense_dims:
         raise ValueError(f"attention.kind {at.kind!r} takes no topk_q, topk_k or dense_dims")
+    used = [name for name in IDEAS if getattr(at, name)]
+    if used and (at.kind != "sfa" or at.path != "mask"):
+        raise ValueError(
+            f"attention.{used[0]} needs attention.kind sfa and attention.path mask, got {at.kind!r}, {at.path!r}"
+        )
     if (at.kind == "narrow") != (at.qk_dim is not None):
         raise ValueError("attention.qk_dim belongs to attention.kind narrow, and narrow needs it")
     if at.qk_dim is not None and not 1 <= at.qk_dim <= model.head_dim:
