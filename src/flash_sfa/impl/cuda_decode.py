@@ -1,0 +1,304 @@
+"""Decode on a GPU: the launcher of ``decode.cu``, which is compiled for each configuration at its first use.
+
+NVRTC compiles through cuda-core; cubins are kept in the user's cache directory. The driver is called through ctypes.
+Nothing here waits for the GPU. Results do not depend on what else is in the batch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import os
+import tempfile
+import threading
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import BLOCK, SparseKVCache
+from ..codes import SparseCode
+
+SOURCE = Path(__file__).with_name("decode.cu")
+MAX_QUERIES, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 1024, 512
+# Blocks of 128 tokens a thread block takes at least, and the most parts a sequence is cut into.
+SPAN, MAX_SPLITS = 4, 128
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+_COMBINE_THREADS = 512
+_POINTERS = (
+    "q_values", "q_indices", "q_dense", "values", "indices", "dense", "v", "v_scale", "sums", "lengths", "pages",
+    "sum_rows", "part_o", "part_ml", "out", "lse", "rows_read",
+)  # fmt: skip
+_NUMBERS = (
+    "sq", "hq", "hkv", "wq", "left", "right", "pages_stride", "sums_stride", "part_stride", "span", "max_splits",
+)  # fmt: skip
+
+
+class Params(ctypes.Structure):
+    """The kernels' argument, as ``struct Params`` in decode.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in _NUMBERS),
+    ]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a kernel is compiled for: the macros of decode.cu."""
+
+    D: int
+    W: int
+    R: int
+    DV: int
+    PAGE: int
+    ROWS: int
+    CODE: int
+    V: int
+    ALL: int
+    DROP: int
+    QDENSE: int
+    VEC: int
+    UNROLL: int
+    REP: int
+    WARPS: int
+    CTAS: int
+
+    def macros(self) -> list[tuple[str, str]]:
+        return [(f"SFA_{name}", str(value)) for name, value in asdict(self).items()]
+
+
+def unsupported(cache: SparseKVCache, sq: int, *, grad: bool) -> str | None:
+    """Why this implementation cannot do a call, or None."""
+    if cache.device.type != "cuda":
+        return f"it needs a cache on a CUDA device, this one is on {cache.device}"
+    if (reason := missing(cache.device.index)) is not None:
+        return reason
+    if cache.dtype == torch.float64:
+        return "float64 is not supported, only bfloat16, float16 and float32"
+    if sq > MAX_QUERIES:
+        return f"at most {MAX_QUERIES} query tokens a call are supported, got {sq}"
+    if cache.head_dim > MAX_HEAD_DIM or cache.v_head_dim > MAX_V_HEAD_DIM:
+        return (
+            f"head dims up to {MAX_HEAD_DIM} (q, k) and {MAX_V_HEAD_DIM} (v) are supported, "
+            f"got {cache.head_dim} and {cache.v_head_dim}"
+        )
+    if cache.num_pages * cache.num_kv_heads * cache.page_size >= 2**32:
+        return f"a layer holds up to 2**32 rows of V, this one {cache.num_pages} pages of {cache.page_size}"
+    if grad:
+        return "it gives no gradient; call it under torch.no_grad()"
+    return None
+
+
+@functools.cache
+def missing(index: int | None) -> str | None:
+    """None if kernels can be compiled and run on a device, else the reason."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return "the GPU must have compute capability 8.0 or newer"
+    if _cuda_core() is None:
+        return "cuda-core, which compiles the kernel, is not installed: pip install 'flash-sfa[cuda]'"
+    return None
+
+
+def _cuda_core() -> Any:
+    """The module of cuda-core that has Program, or None."""
+    for name in ("cuda.core", "cuda.core.experimental"):  # the second in its first releases
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, RuntimeError):  # RuntimeError: no driver
+            continue
+        if hasattr(module, "Program"):
+            return module
+    return None
+
+
+def configure(
+    cache: SparseKVCache, rows: int, *, dense_query: bool = False, drop: bool = False, **overrides: int
+) -> Config:
+    """The configuration for query rows a kv head (tokens times heads of the group)."""
+    d, dv, size = cache.head_dim, cache.v_head_dim, cache.v_dtype.itemsize
+    dense = dense_query or bool(cache.dense_dims)
+    # A lane holds the accumulators of its columns for all rows: at most 64. The table has room for 2048 entries.
+    vec = next(n for n in (16, 8, 4, 2, 1) if dv * size % n == 0)
+    most = max(1, min(8, 2048 // d))
+    n_rows = min(_power_above(rows), 1 << (most.bit_length() - 1))
+    while vec > 4 and vec // size > 8 and n_rows > 4:
+        vec //= 2
+    while n_rows > 1 and n_rows * _accumulators(dv, size, vec) > 64:
+        n_rows //= 2
+    registers = n_rows * _accumulators(dv, size, vec)
+    config = Config(
+        D=d, W=cache.width, R=len(cache.dense_dims), DV=dv, PAGE=cache.page_size, ROWS=n_rows,
+        CODE=_KINDS[cache.dtype], V=_KINDS[cache.v_dtype], ALL=int(dense), DROP=int(drop and not dense),
+        QDENSE=int(dense_query), VEC=vec, UNROLL=6 if registers <= 16 else 4 if registers <= 32 else 2,
+        REP=32 if n_rows == 1 and d <= 128 else 1, WARPS=4,
+        CTAS=6 if registers <= 8 else 4 if registers <= 32 else 3,
+    )  # fmt: skip
+    return replace(config, **overrides)
+
+
+def _accumulators(dv: int, size: int, vec: int) -> int:
+    return -(-dv * size // vec // 32) * (vec // size)
+
+
+def _power_above(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def attend(
+    q: Tensor | SparseCode,
+    cache: SparseKVCache,
+    layer: int,
+    ids: list[int],
+    window: tuple[int, int],
+    softmax_scale: float,
+    drop: bool,
+    stats: bool,
+    *,
+    span: int = SPAN,
+    max_splits: int = MAX_SPLITS,
+    **overrides: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (b, sq, hq, dv), lse (b, hq, sq), misplaced (b, hq, sq), all 0, and rows_read (b, hkv).
+
+    rows_read counts what was read: query rows that do not fit into one pass read again. It is 0 without stats.
+    """
+    b, sq, hq, _ = q.shape
+    dv, hkv, device = cache.v_head_dim, cache.num_kv_heads, cache.device
+    out = torch.empty(b, sq, hq, dv, dtype=cache.dtype, device=device)
+    lse = torch.empty(b, hq, sq, dtype=torch.float32, device=device)
+    misplaced = torch.zeros(b, hq, sq, device=device) if stats else lse
+    rows_read = torch.zeros(b, hkv, dtype=torch.int64, device=device)
+    if b == 0 or sq == 0:
+        return out, lse, misplaced, rows_read
+    group = hq // hkv
+    config = configure(cache, sq * group, dense_query=isinstance(q, Tensor), drop=drop, **overrides)
+    lengths, pages, sums, longest = cache._tables(layer, ids)
+    left, right = (min(w, 2**30) for w in window)
+    blocks = -(-longest // BLOCK)
+    if left >= 0:
+        blocks = min(blocks, (left + sq) // BLOCK + 2)
+    splits = max(1, min(max_splits, -(-blocks // span)))
+    part_o = torch.empty(b * sq * hq * splits * dv, dtype=torch.float32, device=device)
+    part_ml = torch.empty(b * sq * hq * splits * 2, dtype=torch.float32, device=device)
+    if isinstance(q, SparseCode):
+        parts = [x.contiguous() for x in (q.values, q.indices, q.dense)]
+    else:
+        dims = torch.tensor(cache.dense_dims, dtype=torch.int64, device=device) if cache.dense_dims else None
+        parts = [q.contiguous(), q, q if dims is None else q.index_select(-1, dims)]
+    pool = cache._layers[layer]
+    tensors = {
+        "q_values": parts[0], "q_indices": parts[1], "q_dense": parts[2], "values": pool.values,
+        "indices": pool.indices, "dense": pool.dense, "v": pool.v, "sums": pool.sums,
+        "lengths": lengths, "pages": pages, "sum_rows": sums, "part_o": part_o, "part_ml": part_ml,
+        "out": out, "lse": lse, "rows_read": rows_read if stats else None,
+    }  # fmt: skip
+    params = Params(
+        **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
+        scale=softmax_scale * 1.4426950408889634,
+        sq=sq, hq=hq, hkv=hkv, wq=parts[0].shape[-1], left=left, right=right, pages_stride=pages.shape[1],
+        sums_stride=sums.shape[1], part_stride=splits, span=span, max_splits=max_splits,
+    )  # fmt: skip
+    chunks = -(-sq * group // config.ROWS)
+    kernels = load(config, device)
+    kernels.launch("sfa_decode", (hkv * chunks, b, splits), 32 * config.WARPS, params)
+    kernels.launch("sfa_combine", (sq * hq, b, 1), _COMBINE_THREADS, params)
+    return out, lse, misplaced, rows_read
+
+
+# Compiling and loading
+
+
+def compile_kernels(config: Config, arch: str) -> bytes:
+    """A cubin of decode.cu; needs cuda-core and NVRTC, but no GPU."""
+    core = _cuda_core()
+    if core is None:
+        raise RuntimeError("cuda-core is not installed: pip install 'flash-sfa[cuda]'")
+    options = core.ProgramOptions(arch=arch, std="c++17", define_macro=config.macros())
+    built = core.Program(SOURCE.read_text(), code_type="c++", options=options).compile("cubin")
+    return bytes(built.code)
+
+
+def cached_kernels(config: Config, arch: str) -> Path:
+    """The file that holds, or is to hold, the cubin."""
+    key = hashlib.sha256(repr((SOURCE.read_text(), config, arch)).encode()).hexdigest()[:32]
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "flash_sfa" / f"decode-{arch}-{key}.cubin"
+
+
+class _Driver:
+    """The few functions of the CUDA driver that a launch needs."""
+
+    def __init__(self) -> None:
+        self.lib = ctypes.CDLL("libcuda.so.1")
+        self.lib.cuLaunchKernel.argtypes = [
+            ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+        ]  # fmt: skip
+
+    def call(self, name: str, *arguments: Any) -> None:
+        if code := getattr(self.lib, name)(*arguments):
+            text = ctypes.c_char_p()
+            self.lib.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{name} failed with {code}: {(text.value or b'unknown').decode()}")
+
+
+_driver = functools.cache(_Driver)
+_threads = threading.local()
+
+
+class Kernels:
+    """The kernels of one configuration on one device."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.device, self.functions = device, {}
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        file = cached_kernels(config, arch)
+        module = ctypes.c_void_p()
+        self._bind()
+        try:
+            image = file.read_bytes()
+            _driver().call("cuModuleLoadData", ctypes.byref(module), image)
+        except (OSError, RuntimeError):  # not there, or written for another driver
+            image = compile_kernels(config, arch)
+            _driver().call("cuModuleLoadData", ctypes.byref(module), image)
+            _keep(file, image)
+        for name in ("sfa_decode", "sfa_combine"):
+            function = ctypes.c_void_p()
+            _driver().call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+            self.functions[name] = function
+
+    def _bind(self) -> None:
+        """Make torch's context current in this thread: any launch does."""
+        bound = _threads.__dict__.setdefault("bound", set())
+        if self.device not in bound:
+            torch.zeros(1, device=self.device)
+            bound.add(self.device)
+
+    def launch(self, name: str, grid: tuple[int, int, int], threads: int, params: Params) -> None:
+        with torch.cuda.device(self.device):
+            self._bind()
+            stream = torch.cuda.current_stream().cuda_stream
+            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+            _driver().call("cuLaunchKernel", self.functions[name], *grid, threads, 1, 1, 0, stream, arguments, None)
+
+
+def _keep(file: Path, image: bytes) -> None:
+    """Write a cubin to the cache directory; a directory that cannot be written only costs the next compilation."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
+            part.write(image)
+        os.replace(part.name, file)
+    except OSError:
+        pass
+
+
+@functools.cache
+def load(config: Config, device: torch.device) -> Kernels:
+    with torch.cuda.device(device):
+        return Kernels(config, device)

@@ -1,0 +1,647 @@
+// Attention of a few query tokens over the paged cache of key codes. No headers: NVRTC alone compiles this file.
+//
+// sfa_decode: a CTA owns a span of 128-token blocks of one (sequence, kv head) and ROWS query rows of its group.
+//   A warp takes one block at a time: every lane scores four tokens by looking the key's features up in the
+//   expanded query rows in shared memory; tokens that share a feature are compacted into a queue; their V rows are
+//   gathered, several in flight; the others enter through the block's running sum. Partial (m, Z, o) go to memory.
+// sfa_combine: a CTA merges the partials of one query row.
+//
+// With m the running maximum and mu = 2^-m the weight of a token without overlap:
+//   o = sum_read (w_j - mu) v_j + mu S_block,  Z = sum_visible w_j.
+// mu = 0, so that S_block is unused, where no visible token is left unread: everything overlaps, or the block is seen
+// only in part. A block whose unread tokens carry little of its weight (128 mu > 4 Z) is read whole, too: mu S_block
+// would cancel against the rows. The choice looks at one block only, so results do not depend on the split.
+//
+// Set by the launcher: SFA_D, SFA_W (entries a key), SFA_R (always-on features), SFA_DV, SFA_PAGE, SFA_ROWS, SFA_CODE
+// and SFA_V (0 bf16, 1 fp16, 2 fp32; V also 3 int8, 4 e4m3), SFA_ALL (every pair overlaps), SFA_DROP, SFA_QDENSE,
+// SFA_VEC (bytes a lane loads of a V row), SFA_UNROLL, SFA_REP (copies of the table), SFA_WARPS, SFA_CTAS.
+
+#ifdef SFA_HOST
+#include SFA_HOST
+#else
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float from_half(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
+__device__ __forceinline__ u16 to_half(float x) {
+  u16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ u16 to_bf16(float x) {
+  u16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+
+// Bytes that no kernel writes while this one runs; they pass L1 by.
+template <int BYTES>
+__device__ __forceinline__ void load(const void* p, u32* out) {
+  if constexpr (BYTES == 16) {
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "l"(p));
+  } else if constexpr (BYTES == 8) {
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "l"(p));
+  } else if constexpr (BYTES == 4) {
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(out[0]) : "l"(p));
+  } else if constexpr (BYTES == 2) {
+    out[0] = __ldg((const u16*)p);
+  } else {
+    out[0] = __ldg((const u8*)p);
+  }
+}
+#endif
+
+constexpr int D = SFA_D, W = SFA_W, R = SFA_R, DV = SFA_DV, PAGE = SFA_PAGE, ROWS = SFA_ROWS;
+constexpr int WARPS = SFA_WARPS, THREADS = 32 * WARPS, UNROLL = SFA_UNROLL, REP = SFA_REP;
+constexpr int BLOCK = 128, TPL = BLOCK / 32;
+constexpr bool ALL = SFA_ALL, DROP = SFA_DROP;
+constexpr int CB = SFA_CODE == 2 ? 4 : 2, IB = D <= 256 ? 1 : 2;
+constexpr int VB = SFA_V == 2 ? 4 : SFA_V >= 3 ? 1 : 2;
+
+__host__ __device__ constexpr int pow2_divisor(int n) { return n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
+__host__ __device__ constexpr int pow2_above(int n) { return n <= 1 ? 1 : 2 * pow2_above((n + 1) / 2); }
+__host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+
+// A V row is CHUNKS pieces of VEC bytes; LPR lanes take one each (CH in turn), so a warp loads RPL rows at once.
+constexpr int VEC = SFA_VEC, EPV = VEC / VB, CHUNKS = DV * VB / VEC;
+constexpr int LPR = min_of(32, pow2_above(CHUNKS)), RPL = 32 / LPR, CH = (CHUNKS + 31) / 32, ACC = CH * EPV;
+static_assert(VEC % VB == 0 && DV * VB % VEC == 0, "VEC must divide a row of V");
+
+// The lookup table holds the rows in groups of RV, so that a lane reads one vector of RV floats an entry.
+constexpr int RV = min_of(ROWS, 4), RG = ROWS / RV;
+constexpr int FLAGS = DROP ? ROWS : 1;
+constexpr int EC = 16 / CB;  // entries a 16-byte piece of values
+
+constexpr int TABLE_FLOATS = D * REP * ROWS;
+constexpr int QUEUE_BYTES = BLOCK * 4 * (1 + ROWS), OWN_BYTES = (max_of(QUEUE_BYTES, ROWS * DV * 4) + 15) / 16 * 16;
+
+struct Params {
+  const void *q_values, *q_indices, *q_dense;
+  const void *values, *indices, *dense, *v;
+  const u16* v_scale;
+  const float* sums;
+  const int *lengths, *pages, *sum_rows;
+  float *part_o, *part_ml;
+  void* out;
+  float* lse;
+  i64* rows_read;
+  float scale;
+  int sq, hq, hkv, wq, left, right, pages_stride, sums_stride, part_stride, span, max_splits;
+};
+
+struct Range {
+  int first, last, span, splits;
+};
+
+// The blocks that some query of a sequence sees, and their division into spans. Depends on nothing but the sequence.
+__device__ __forceinline__ Range range_of(const Params& p, int length) {
+  int lo = p.left < 0 ? 0 : length - p.sq - p.left;
+  Range r;
+  r.first = lo > 0 ? lo / BLOCK : 0;
+  r.last = (length + BLOCK - 1) / BLOCK;
+  r.span = p.span;
+  while (r.span * p.max_splits < r.last - r.first) r.span *= 2;
+  r.splits = (r.last - r.first + r.span - 1) / r.span;
+  return r;
+}
+
+__device__ __forceinline__ float as_float(u32 x) { return __uint_as_float(x); }
+
+template <int KIND>  // 0 bf16, 1 fp16, 2 fp32
+__device__ __forceinline__ float element(const u32* words, int e) {
+  if constexpr (KIND == 2) return as_float(words[e]);
+  u32 word = words[e / 2];
+  if constexpr (KIND == 0) return as_float(e % 2 ? word & 0xffff0000u : word << 16);
+  return from_half((u16)(e % 2 ? word >> 16 : word));
+}
+
+template <int KIND>
+__device__ __forceinline__ float scalar(const void* p, i64 i) {
+  if constexpr (KIND == 2) return ((const float*)p)[i];
+  u32 word = ((const u16*)p)[i];
+  return KIND == 0 ? as_float(word << 16) : from_half((u16)word);
+}
+
+__device__ __forceinline__ float e4m3(u32 x) {
+  // The bits of an fp16 number 2^8 times too small.
+  float y = 256.0f * from_half((u16)((x & 0x80u) << 8 | (x & 0x7fu) << 7));
+  return (x & 0x7fu) == 0x7fu ? as_float(0x7fc00000u) : y;
+}
+
+__device__ __forceinline__ float v_element(const u32* words, int e) {
+  if constexpr (VB >= 2) return element<SFA_V>(words, e);
+  u32 byte = words[e / 4] >> (8 * (e % 4)) & 0xffu;
+  if constexpr (SFA_V == 3) return as_float(0x4b000000u | (byte ^ 0x80u)) - 8388736.0f;  // 2^23 + 128
+  return e4m3(byte);
+}
+
+template <int BYTES, int ALIGN>
+__device__ __forceinline__ void load_bytes(const void* p, u32* out) {
+  constexpr int STEP = min_of(BYTES, ALIGN);
+  if constexpr (STEP >= 4) {
+#pragma unroll
+    for (int i = 0; i < BYTES / STEP; ++i) load<STEP>((const char*)p + i * STEP, out + i * STEP / 4);
+  } else {
+#pragma unroll
+    for (int i = 0; i < (BYTES + 3) / 4; ++i) out[i] = 0;
+#pragma unroll
+    for (int i = 0; i < BYTES / STEP; ++i) {
+      u32 part;
+      load<STEP>((const char*)p + i * STEP, &part);
+      out[i * STEP / 4] |= part << (8 * (i * STEP % 4));
+    }
+  }
+}
+
+template <int N>
+struct alignas(4 * N) Floats {
+  float x[N];
+};
+
+// Adds N entries of tokens I0 to I0 + COUNT, from entry e0 on, to their scores.
+template <int N, int I0, int COUNT>
+__device__ __forceinline__ void score_entries(
+    const Params& p, const u32 (&row)[TPL], int e0, const float* table, float (&s)[TPL][ROWS],
+    u32 (&flag)[TPL][FLAGS]) {
+  u32 values[TPL][(N * CB + 3) / 4], indices[TPL][(N * IB + 3) / 4];
+#pragma unroll
+  for (int i = I0; i < I0 + COUNT; ++i) {
+    i64 at = (i64)row[i] * W + e0;
+    load_bytes<N * CB, pow2_divisor(W * CB)>((const char*)p.values + at * CB, values[i]);
+    load_bytes<N * IB, min_of(pow2_divisor(W * IB), pow2_divisor(EC * IB))>(
+        (const char*)p.indices + at * IB, indices[i]);
+  }
+#pragma unroll
+  for (int i = I0; i < I0 + COUNT; ++i) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      u32 index = IB == 1 ? indices[i][e / 4] >> (8 * (e % 4)) & 0xffu : indices[i][e / 2] >> (16 * (e % 2)) & 0xffffu;
+      float value = element<SFA_CODE>(values[i], e);
+#pragma unroll
+      for (int g = 0; g < RG; ++g) {
+        Floats<RV> entry = *(const Floats<RV>*)(table + (g * D + index) * (REP * RV));
+#pragma unroll
+        for (int r = 0; r < RV; ++r) {
+          s[i][g * RV + r] = fmaf(entry.x[r], value, s[i][g * RV + r]);
+          if (DROP) {
+            flag[i][g * RV + r] |= __float_as_uint(entry.x[r]);
+          } else if (!ALL && g + r == 0) {
+            flag[i][0] |= __float_as_uint(entry.x[0]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// All four tokens of a lane; many rows leave registers for the codes of two tokens only.
+template <int N>
+__device__ __forceinline__ void score_tokens(
+    const Params& p, const u32 (&row)[TPL], int e0, const float* table, float (&s)[TPL][ROWS],
+    u32 (&flag)[TPL][FLAGS]) {
+  if constexpr (ROWS <= 2) {
+    score_entries<N, 0, TPL>(p, row, e0, table, s, flag);
+  } else {
+    score_entries<N, 0, TPL / 2>(p, row, e0, table, s, flag);
+    score_entries<N, TPL / 2, TPL / 2>(p, row, e0, table, s, flag);
+  }
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+
+#define NEG_INF as_float(0xff800000u)
+
+__device__ __forceinline__ float finite_max(float m) { return m == NEG_INF ? 0.0f : m; }
+
+extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const Params p) {
+  alignas(16) __shared__ float table[TABLE_FLOATS];
+  alignas(16) __shared__ float always[R > 0 ? R * ROWS : 1];
+  alignas(16) __shared__ unsigned char own[WARPS][OWN_BYTES];
+  __shared__ float merged[WARPS][ROWS][2];
+  __shared__ int bounds[2][ROWS];
+  __shared__ int bad[ROWS];
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, batch = blockIdx.y, split = blockIdx.z;
+  const int group = p.hq / p.hkv, total_rows = group * p.sq, chunks = (total_rows + ROWS - 1) / ROWS;
+  const int head = blockIdx.x / chunks, row0 = (blockIdx.x % chunks) * ROWS;
+  const int length = p.lengths[batch];
+  const Range range = range_of(p, length);
+  if (split >= range.splits) return;
+
+  // The query rows: what they see, and the table of their features.
+  if (threadIdx.x < ROWS) {
+    int r = threadIdx.x, lo = 0, hi = 0;
+    if (row0 + r < total_rows) {
+      int position = length - p.sq + (row0 + r) / group;
+      lo = p.left < 0 ? 0 : max(0, position - p.left);
+      hi = p.right < 0 ? length : min(length, position + p.right + 1);
+    }
+    bounds[0][r] = lo;
+    bounds[1][r] = max(lo, hi);
+    bad[r] = 0;
+  }
+  __syncthreads();
+  for (int u = threadIdx.x; u < D + R; u += THREADS) {
+    float x[ROWS];
+    bool member = false;
+    u32 members = 0;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      x[r] = 0.0f;
+      if (row0 + r >= total_rows) continue;
+      int token = (row0 + r) / group, h = head * group + (row0 + r) % group;
+      i64 q_row = ((i64)batch * p.sq + token) * p.hq + h;
+      if (u >= D) {
+        x[r] = scalar<SFA_CODE>(p.q_dense, q_row * R + (u - D));
+      } else if (SFA_QDENSE) {
+        x[r] = scalar<SFA_CODE>(p.q_values, q_row * D + u);
+      } else {
+        for (int e = 0; e < p.wq; ++e) {
+          i64 at = q_row * p.wq + e;
+          int index = IB == 1 ? (int)((const u8*)p.q_indices)[at] : (int)((const u16*)p.q_indices)[at];
+          if (index == u) {
+            x[r] += scalar<SFA_CODE>(p.q_values, at);
+            members |= 1u << r;
+            member = true;
+          }
+        }
+      }
+      if (x[r] - x[r] != 0.0f) bad[r] = 1;
+      x[r] *= p.scale;
+    }
+    if (u >= D) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) always[(u - D) * ROWS + r] = x[r];
+      continue;
+    }
+    // The lowest bit of an entry says that the feature is kept: by any row in row 0, in drop mode by each row.
+    if (!ALL) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        bool kept = DROP ? members >> r & 1 : member && r == 0;
+        if (DROP || r == 0) x[r] = as_float((__float_as_uint(x[r]) & ~1u) | (kept ? 1u : 0u));
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < RG; ++g) {
+      Floats<RV> entry;
+#pragma unroll
+      for (int r = 0; r < RV; ++r) entry.x[r] = x[g * RV + r];
+#pragma unroll 4
+      for (int i = 0; i < REP; ++i)
+        *(Floats<RV>*)(table + ((g * D + u) * REP + (i + lane) % REP) * RV) = entry;
+    }
+  }
+  __syncthreads();
+
+  const float* my_table = table + lane % REP * RV;
+  u32* queue_row = (u32*)own[warp];
+  float* queue_weight = (float*)own[warp] + BLOCK;
+  const int* pages = p.pages + (i64)batch * p.pages_stride;
+  const int* sum_rows = p.sum_rows + (i64)batch * p.sums_stride;
+  const int sub = lane / LPR, column = lane % LPR;
+
+  // Lane r keeps the maximum, the weight and mu of row r.
+  float my_m = NEG_INF, my_z = 0.0f, my_mu = 0.0f, acc[ROWS][ACC];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int e = 0; e < ACC; ++e) acc[r][e] = 0.0f;
+  int rows_read = 0;
+  const int end = min(range.last, range.first + (split + 1) * range.span);
+
+#pragma unroll 1
+  for (int block = range.first + split * range.span + warp; block < end; block += WARPS) {
+    const int start = block * BLOCK, stop = min(start + BLOCK, length);
+    u32 whole = 0;
+    bool edge = false, seen = false;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      int lo = bounds[0][r], hi = bounds[1][r];
+      bool all = lo <= start && stop <= hi, none = hi <= start || lo >= stop || hi <= lo;
+      whole |= all ? 1u << r : 0u;
+      edge |= !all && !none;
+      seen |= !none;
+    }
+    if (!seen) continue;
+
+    // Scores. Lanes beyond the end repeat the last token and count nothing.
+    u32 row[TPL], visible[TPL], flag[TPL][FLAGS];
+    float s[TPL][ROWS];
+#pragma unroll
+    for (int i = 0; i < TPL; ++i) {
+      int token = min(start + i * 32 + lane, stop - 1);
+      int page = PAGE % BLOCK == 0 ? pages[start / PAGE] : pages[token / PAGE];
+      row[i] = ((u32)page * p.hkv + head) * PAGE + token % PAGE;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) s[i][r] = 0.0f;
+#pragma unroll
+      for (int r = 0; r < FLAGS; ++r) flag[i][r] = 0;
+    }
+    constexpr int FULL = W / EC, TAIL = W % EC;
+#pragma unroll(FULL <= 2 ? 2 : 1)
+    for (int c = 0; c < FULL; ++c) score_tokens<EC>(p, row, c * EC, my_table, s, flag);
+    if constexpr (TAIL > 0) score_tokens<TAIL>(p, row, FULL * EC, my_table, s, flag);
+    if constexpr (R > 0) {
+      constexpr int FULL_R = R / EC * EC, ALIGN_R = pow2_divisor(R * CB);
+#pragma unroll 1
+      for (int c = 0; c < FULL_R; c += EC) {
+        u32 words[TPL][4];
+#pragma unroll
+        for (int i = 0; i < TPL; ++i)
+          load_bytes<16, ALIGN_R>((const char*)p.dense + ((i64)row[i] * R + c) * CB, words[i]);
+#pragma unroll
+        for (int e = 0; e < EC; ++e)
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+            for (int i = 0; i < TPL; ++i)
+              s[i][r] = fmaf(always[(c + e) * ROWS + r], element<SFA_CODE>(words[i], e), s[i][r]);
+      }
+      for (int c = FULL_R; c < R; ++c)
+#pragma unroll
+        for (int i = 0; i < TPL; ++i) {
+          float x = scalar<SFA_CODE>(p.dense, (i64)row[i] * R + c);
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) s[i][r] = fmaf(always[c * ROWS + r], x, s[i][r]);
+        }
+    }
+
+    // What is visible, what is read, and the new maxima.
+    u32 read[TPL];
+    int unread = 0;
+#pragma unroll
+    for (int i = 0; i < TPL; ++i) {
+      int token = start + i * 32 + lane;
+      visible[i] = 0;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        s[i][r] += s[i][r] - s[i][r];  // infinities become NaN
+        bool is = token >= bounds[0][r] && token < bounds[1][r];
+        if (DROP) is = is && (flag[i][r] & 1);
+        visible[i] |= is ? 1u << r : 0u;
+      }
+      read[i] = visible[i] != 0 && (ALL || DROP || edge || (flag[i][0] & 1));
+      if (!ALL && !DROP) unread += __popc(__ballot_sync(~0u, visible[i] != 0 && !read[i]));
+    }
+    bool use_sum = unread > 0, cancels = false;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float top = NEG_INF, weight = 0.0f, before = __shfl_sync(~0u, my_m, r);
+#pragma unroll
+      for (int i = 0; i < TPL; ++i)
+        if (visible[i] >> r & 1) top = fmaxf(top, s[i][r]);
+      top = fmaxf(warp_max(top), before);
+      if (top > before) {
+        float factor = ex2(before - top);
+#pragma unroll
+        for (int e = 0; e < ACC; ++e) acc[r][e] *= factor;
+        if (lane == r) my_z *= factor;
+      }
+      float base = finite_max(top);
+#pragma unroll
+      for (int i = 0; i < TPL; ++i) {
+        s[i][r] = visible[i] >> r & 1 ? ex2(s[i][r] - base) : 0.0f;  // the weight from here on
+        weight += s[i][r];
+      }
+      weight = warp_sum(weight);
+      float mu = use_sum && (whole >> r & 1) ? ex2(-base) : 0.0f;
+      cancels |= mu * (float)(stop - start) > 4.0f * weight;
+      if (lane == r) {
+        my_m = top;
+        my_z += weight;
+        my_mu = mu;
+      }
+    }
+    if (cancels) {
+      use_sum = false;
+      my_mu = 0.0f;
+#pragma unroll
+      for (int i = 0; i < TPL; ++i) read[i] = visible[i] != 0;
+    }
+    if (!ALL && !DROP) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        float mu = __shfl_sync(~0u, my_mu, r);
+#pragma unroll
+        for (int i = 0; i < TPL; ++i) s[i][r] -= mu;
+      }
+    }
+
+    // The queue of rows to read.
+    __syncwarp();
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < TPL; ++i) {
+      u32 mask = __ballot_sync(~0u, read[i] != 0);
+      if (read[i]) {
+        int at = count + __popc(mask & ((1u << lane) - 1));
+        float scale = 1.0f;
+        if constexpr (SFA_V >= 3) {
+          scale = SFA_CODE == 0 ? as_float((u32)p.v_scale[row[i]] << 16) : from_half(p.v_scale[row[i]]);
+        }
+        queue_row[at] = row[i];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) queue_weight[at * ROWS + r] = s[i][r] * scale;
+      }
+      count += __popc(mask);
+    }
+    __syncwarp();
+    rows_read += count;
+
+    float sum[ACC];
+    if (use_sum && sub == 0) {
+      const float* sums = p.sums + ((i64)sum_rows[block] * p.hkv + head) * DV;
+#pragma unroll
+      for (int k = 0; k < CH; ++k) {
+        bool in_row = column + k * 32 < CHUNKS;
+        constexpr int STEP = min_of(EPV, 4);
+#pragma unroll
+        for (int e = 0; e < EPV; e += STEP) {
+          Floats<STEP> part = {};
+          if (in_row) part = *(const Floats<STEP>*)(sums + (column + k * 32) * EPV + e);
+#pragma unroll
+          for (int j = 0; j < STEP; ++j) sum[k * EPV + e + j] = part.x[j];
+        }
+      }
+    }
+
+#pragma unroll 1
+    for (int base = 0; base < count; base += RPL * UNROLL) {
+      u32 data[UNROLL][CH][(VEC + 3) / 4];
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        int j = base + u * RPL + sub;
+        const char* v_row = (const char*)p.v + (i64)queue_row[min(j, count - 1)] * (DV * VB);
+#pragma unroll
+        for (int k = 0; k < CH; ++k) {
+          if (j < count && column + k * 32 < CHUNKS) load<VEC>(v_row + (column + k * 32) * VEC, data[u][k]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        int j = base + u * RPL + sub;
+        if (j < count) {
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) {
+            float weight = queue_weight[j * ROWS + r];
+            // A row that does not see the token must not meet its V, which may not be finite.
+            if (ROWS == 1 || weight != 0.0f) {
+#pragma unroll
+              for (int e = 0; e < ACC; ++e)
+                acc[r][e] = fmaf(weight, v_element(data[u][e / EPV], e % EPV), acc[r][e]);
+            }
+          }
+        }
+      }
+    }
+    if (use_sum) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        float mu = __shfl_sync(~0u, my_mu, r);
+        if (sub == 0 && (ROWS == 1 || mu != 0.0f)) {
+#pragma unroll
+          for (int e = 0; e < ACC; ++e) acc[r][e] = fmaf(mu, sum[e], acc[r][e]);
+        }
+      }
+    }
+  }
+
+  // Merge the lanes that hold the same columns, then the warps.
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+    for (int e = 0; e < ACC; ++e) {
+#pragma unroll
+      for (int offset = LPR; offset < 32; offset *= 2) acc[r][e] += __shfl_xor_sync(~0u, acc[r][e], offset);
+    }
+  }
+  __syncwarp();
+  float* own_o = (float*)own[warp];
+  if (sub == 0) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int k = 0; k < CH; ++k)
+        if (column + k * 32 < CHUNKS)
+#pragma unroll
+          for (int e = 0; e < EPV; ++e) own_o[r * DV + (column + k * 32) * EPV + e] = acc[r][k * EPV + e];
+  }
+  if (lane < ROWS) {
+    merged[warp][lane][0] = my_m;
+    merged[warp][lane][1] = my_z;
+  }
+  if (lane == 0) {
+    if (p.rows_read != nullptr && rows_read > 0)
+      atomicAdd((unsigned long long*)(p.rows_read + (i64)batch * p.hkv + head), (unsigned long long)rows_read);
+  }
+  __syncthreads();
+  for (int t = threadIdx.x; t < ROWS * DV; t += THREADS) {
+    int r = t / DV, c = t % DV;
+    if (row0 + r >= total_rows) break;
+    float top = NEG_INF;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, merged[w][r][0]);
+    float o = 0.0f, total = 0.0f, base = finite_max(top);
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      float factor = ex2(merged[w][r][0] - base);
+      o = fmaf(factor, ((const float*)own[w])[t], o);
+      total = fmaf(factor, merged[w][r][1], total);
+    }
+    int token = (row0 + r) / group, h = head * group + (row0 + r) % group;
+    i64 part = (((i64)batch * p.sq + token) * p.hq + h) * p.part_stride + split;
+    p.part_o[part * DV + c] = o;
+    if (c == 0) {
+      if (bad[r] && bounds[1][r] > bounds[0][r]) total = as_float(0x7fc00000u);
+      p.part_ml[2 * part] = top;
+      p.part_ml[2 * part + 1] = total;
+    }
+  }
+}
+
+constexpr int COMBINE_WARPS = 16, CV = DV % 4 == 0 ? 4 : 1, CC = (DV / CV + 31) / 32;
+
+extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS) sfa_combine(const Params p) {
+  __shared__ float rows[COMBINE_WARPS][DV];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int batch = blockIdx.y, token = blockIdx.x / p.hq, h = blockIdx.x % p.hq;
+  const i64 q_row = ((i64)batch * p.sq + token) * p.hq + h;
+  const int splits = range_of(p, p.lengths[batch]).splits;
+  const float* ml = p.part_ml + 2 * q_row * p.part_stride;
+  const float* part_o = p.part_o + q_row * p.part_stride * DV;
+
+  float top = NEG_INF;
+  for (int i = lane; i < splits; i += 32) top = fmaxf(top, ml[2 * i]);
+  top = warp_max(top);
+  const float base = finite_max(top);
+  float total = 0.0f;
+  for (int i = lane; i < splits; i += 32) total = fmaf(ex2(ml[2 * i] - base), ml[2 * i + 1], total);
+  total = warp_sum(total);
+
+  float acc[CC * CV];
+#pragma unroll
+  for (int e = 0; e < CC * CV; ++e) acc[e] = 0.0f;
+#pragma unroll 8
+  for (int i = warp; i < splits; i += COMBINE_WARPS) {
+    float factor = ex2(ml[2 * i] - base);
+#pragma unroll
+    for (int k = 0; k < CC; ++k) {
+      int c = (lane + k * 32) * CV;
+      if (c < DV) {
+        Floats<CV> part = *(const Floats<CV>*)(part_o + (i64)i * DV + c);
+#pragma unroll
+        for (int j = 0; j < CV; ++j) acc[k * CV + j] = fmaf(factor, part.x[j], acc[k * CV + j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < CC; ++k) {
+    int c = (lane + k * 32) * CV;
+    if (c < DV)
+#pragma unroll
+      for (int j = 0; j < CV; ++j) rows[warp][c + j] = acc[k * CV + j];
+  }
+  __syncthreads();
+  const bool empty = total == 0.0f;
+  for (int c = threadIdx.x; c < DV; c += 32 * COMBINE_WARPS) {
+    float o = 0.0f;
+#pragma unroll
+    for (int w = 0; w < COMBINE_WARPS; ++w) o += rows[w][c];
+    o = empty ? 0.0f : o / total;
+    i64 at = q_row * DV + c;
+    if constexpr (SFA_CODE == 2) {
+      ((float*)p.out)[at] = o;
+    } else {
+      ((u16*)p.out)[at] = SFA_CODE == 0 ? to_bf16(o) : to_half(o);
+    }
+  }
+  if (threadIdx.x == 0)
+    p.lse[((i64)batch * p.hq + h) * p.sq + token] = empty ? NEG_INF : 0.69314718055994531f * (base + log2f(total));
+}

@@ -1,0 +1,149 @@
+// Runs a CUDA kernel on the CPU, a thread block at a time; every thread is a fiber that yields at warp and block
+// synchronisation. For tests of the arithmetic and the indices, not for speed.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+typedef uint32_t u32;
+typedef uint16_t u16;
+typedef uint8_t u8;
+typedef long long i64;
+
+#define __global__
+#define __host__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+using std::max;
+using std::min;
+
+struct Dim {
+  unsigned x, y, z;
+};
+static Dim threadIdx, blockIdx;
+
+namespace host {
+constexpr int MAX = 1024;
+static ucontext_t scheduler, fibers[MAX];
+static std::vector<char> stacks;
+static bool done[MAX];
+static int threads, current;
+static u32 slots[2][MAX];
+static int parity[MAX], arrived[MAX / 32 + 1], generation[MAX / 32 + 1];
+
+static void yield() { swapcontext(&fibers[current], &scheduler); }
+
+static void wait(int barrier, int size) {
+  int mine = generation[barrier];
+  if (++arrived[barrier] == size) {
+    arrived[barrier] = 0;
+    ++generation[barrier];
+  } else {
+    while (generation[barrier] == mine) yield();
+  }
+}
+
+// What the 32 lanes of a warp bring; a lane is never two exchanges ahead of another.
+static const u32* exchange(u32 x) {
+  int me = current, side = parity[me] ^= 1;
+  slots[side][me] = x;
+  wait(me / 32, 32);
+  return &slots[side][me / 32 * 32];
+}
+
+template <class F>
+void run(F body, Dim grid, int block) {
+  static F* entry;
+  entry = &body;
+  threads = block;
+  stacks.resize(size_t(block) << 17);
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = {x, y, z};
+        std::memset(parity, 0, sizeof parity);
+        for (int t = 0; t < block; ++t) {
+          done[t] = false;
+          getcontext(&fibers[t]);
+          fibers[t].uc_stack = {&stacks[size_t(t) << 17], 0, size_t(1) << 17};
+          fibers[t].uc_link = &scheduler;
+          makecontext(&fibers[t], +[] { (*entry)(); done[current] = true; }, 0);
+        }
+        for (int left = block; left;)
+          for (int t = 0; t < block; ++t)
+            if (!done[t]) {
+              current = t;
+              threadIdx = {unsigned(t), 0, 0};
+              swapcontext(&scheduler, &fibers[t]);
+              left -= done[t];
+            }
+      }
+}
+}  // namespace host
+
+inline void __syncthreads() { host::wait(host::MAX / 32, host::threads); }
+inline void __syncwarp() { host::exchange(0); }
+template <class T>
+T __shfl_sync(u32, T x, int lane) {
+  u32 bits;
+  std::memcpy(&bits, &x, 4);
+  bits = host::exchange(bits)[lane];
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+template <class T>
+T __shfl_xor_sync(u32 mask, T x, int offset) {
+  return __shfl_sync(mask, x, (host::current % 32) ^ offset);
+}
+inline u32 __ballot_sync(u32, bool x) {
+  const u32* all = host::exchange(x);
+  u32 bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= u32(all[i] != 0) << i;
+  return bits;
+}
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline float __uint_as_float(u32 x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline u32 __float_as_uint(float x) {
+  u32 y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+template <class T>
+T atomicAdd(T* p, T x) {
+  T old = *p;
+  *p += x;
+  return old;
+}
+
+inline float ex2(float x) { return std::exp2(x); }
+inline float from_half(u16 x) {
+  _Float16 y;
+  std::memcpy(&y, &x, 2);
+  return float(y);
+}
+inline u16 to_half(float x) {
+  _Float16 y = _Float16(x);
+  u16 bits;
+  std::memcpy(&bits, &y, 2);
+  return bits;
+}
+inline u16 to_bf16(float x) {
+  u32 bits = __float_as_uint(x);
+  if (x != x) return 0x7fff;
+  return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+template <int BYTES>
+void load(const void* p, u32* out) {
+  if (uintptr_t(p) % BYTES) __builtin_trap();  // a GPU would, too
+  out[0] = 0;
+  std::memcpy(out, p, BYTES);
+}
