@@ -166,14 +166,16 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out (b, sq, hq, dv), lse (b, hq, sq), misplaced (b, hq, sq), all 0, and rows_read (b, hkv).
 
-    rows_read counts what was read: query rows that do not fit into one pass read again. It is 0 without stats.
+    rows_read counts what was read: query rows that do not fit into one pass read again. Without stats it and
+    misplaced are not set.
     """
     b, sq, hq, _ = q.shape
     dv, hkv, device = cache.v_head_dim, cache.num_kv_heads, cache.device
     out = torch.empty(b, sq, hq, dv, dtype=cache.dtype, device=device)
     lse = torch.empty(b, hq, sq, dtype=torch.float32, device=device)
     misplaced = torch.zeros(b, hq, sq, device=device) if stats else lse
-    rows_read = torch.zeros(b, hkv, dtype=torch.int64, device=device)
+    new = torch.zeros if stats else torch.empty
+    rows_read = new(b, hkv, dtype=torch.int64, device=device)
     if b == 0 or sq == 0:
         return out, lse, misplaced, rows_read
     group = hq // hkv

@@ -1,0 +1,308 @@
+"""One decoding step over the sparse cache on a CUDA device, against dense attention over a dense cache.
+
+    python benchmarks/bench_decode.py --commit COMMIT --out benchmarks/results/decode.jsonl [--quick] [--sweep]
+
+Fresh random data. A step is the whole call, top-k of q included, replayed from a CUDA graph with a cold L2. Every case
+is checked against float64 before it is timed; one wrong result stops the run. ``limit_*`` rows are no measurements:
+bytes over the copy bandwidth of this run.
+"""
+
+import argparse
+import datetime
+import json
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import time_ms
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flash_sfa import SparseKVCache, sfa_attention_with_kvcache, topk_sparsify
+from flash_sfa.impl import cuda_decode
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    lengths: tuple[int, ...] = (131072,)
+    hq: int = 32
+    hkv: int = 32
+    d: int = 128
+    sq: int = 1
+    topk: int = 8
+    dense_dims: int = 0
+    page_size: int = 256
+    v_dtype: torch.dtype = BF16
+    tolerance: float = 0.0
+    window: tuple[int, int] = (-1, -1)
+    dense: bool = True  # time the dense baselines, too
+
+
+def ragged(n: int) -> tuple[int, ...]:
+    rng = random.Random(0)
+    return tuple(rng.randint(1024, 32768) for _ in range(n))
+
+
+LENGTHS = ragged(64)
+CASES = {
+    case.name: case
+    for case in (
+        Case("mha_128"),
+        Case("mha_256", hq=16, hkv=16, d=256),
+        Case("gqa_4", hkv=8),
+        Case("mha_128_dense16", dense_dims=16),
+        Case("mha_128_16k", lengths=(16384,)),
+        Case("gqa_4_16k", hkv=8, lengths=(16384,)),
+        Case("mha_128_sq4", sq=4),
+        Case("gqa_8", hq=64, hkv=8),
+        Case("gqa_4_page16", hkv=8, page_size=16),
+        Case("ragged_page16", LENGTHS, hkv=8, page_size=16, dense=False),
+        Case("equal_page256", (sum(LENGTHS) // 64,) * 64, hkv=8),
+        Case("mha_128_window", window=(4095, 0), dense=False),
+    )
+}
+QUICK = ("mha_128", "mha_256", "gqa_4", "gqa_4_16k")
+
+
+def fill(case: Case) -> SparseKVCache:
+    pages = sum(-(-n // case.page_size) for n in case.lengths)
+    cache = SparseKVCache(
+        num_kv_heads=case.hkv, head_dim=case.d, topk=case.topk, dense_dims=case.dense_dims,
+        max_tokens=pages * case.page_size, page_size=case.page_size, dtype=BF16, v_dtype=case.v_dtype, device="cuda",
+    )  # fmt: skip
+    random.Random(0).shuffle(cache._layers[0].free_pages)
+    for n in case.lengths:
+        (seq_id,) = cache.alloc(1).tolist()
+        for start in range(0, n, 16384):
+            count = min(16384, n - start)
+            k, v = (torch.randn(1, count, case.hkv, case.d, device="cuda", dtype=BF16) for _ in range(2))
+            cache.append(k, v, seq_ids=[seq_id])
+    return cache
+
+
+def check(case: Case, cache: SparseKVCache, q: Tensor) -> float:
+    """Error of the call over its budget (design rule), on a few rows and heads; above 1 is wrong."""
+    out, lse = sfa_attention_with_kvcache(
+        q, cache, window_size=case.window, tolerance=case.tolerance, return_lse=True, impl="cuda"
+    )
+    code = topk_sparsify(q, case.topk, dense_dims=case.dense_dims).to_dense()
+    group, worst = case.hq // case.hkv, 0.0
+    for row in {0, len(case.lengths) // 2, len(case.lengths) - 1}:
+        keys, v = cache.gather(0, row)
+        n = v.shape[0]
+        visible = torch.arange(n, device="cuda") <= torch.arange(n - case.sq, n, device="cuda")[:, None]
+        if case.window[0] >= 0:
+            first = torch.arange(n - case.sq, n, device="cuda")[:, None] - case.window[0]
+            visible &= torch.arange(n, device="cuda") >= first
+        for head in {0, case.hkv - 1}:
+            key = keys.map(lambda x, head=head: x[:, head]).to_dense()
+            query, value = code[row, :, head * group], v[:, head].to(BF16)
+            scores = (query.double() @ key.double().T * case.d**-0.5).masked_fill(~visible, -torch.inf)
+            exact = scores.softmax(-1) @ v[:, head].double()
+            with sdpa_kernel(SDPBackend.MATH):
+                plain = F.scaled_dot_product_attention(*(x[None, None] for x in (query, key, value)), attn_mask=visible)
+            error = (out[row, :, head * group].double() - exact).abs().max()
+            budget = 2 * (plain[0, 0].double() - exact).abs().max() + torch.finfo(BF16).eps * exact.abs().max()
+            wanted = scores.logsumexp(-1)
+            off = ((lse[row, head * group].double() - wanted).abs() / (1e-5 * (1 + wanted.abs()))).max()
+            worst = max(worst, float(error / budget), float(off))
+    return worst
+
+
+def graphed(fn: Callable[[], Any]) -> Callable[[], None]:
+    """A replay of fn; its memory stays alive with the graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        fn()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = fn()
+
+    def replay(graph: Any = graph, kept: Any = kept) -> None:
+        graph.replay()
+
+    return replay
+
+
+def moved_bytes(case: Case, cache: SparseKVCache, rows_read: int) -> int:
+    """What a step reads: codes of all visible tokens, the V rows it reads, and a running sum a block."""
+    tokens = sum(min(n, case.window[0] + 1) if case.window[0] >= 0 else n for n in case.lengths) * case.hkv
+    code = cache.width * (2 + (1 if case.d <= 256 else 2)) + 2 * case.dense_dims
+    sums = 0 if case.dense_dims else tokens // 128 * case.d * 4
+    return tokens * code + rows_read * case.d * cache.v_dtype.itemsize + sums
+
+
+class Report:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.out, self.commit, self.repeats = args.out, args.commit, args.repeats
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.copy = self.copy_bandwidth()
+        print(f"copy: {self.copy / 1e12:.3f} TB/s", flush=True)
+
+    @staticmethod
+    def copy_bandwidth() -> float:
+        x, y = (torch.randn(2**29, device="cuda", dtype=torch.float32) for _ in range(2))
+        return 2 * x.nbytes / time_ms(lambda: y.copy_(x), repeats=10)["ms_median"] * 1e3
+
+    def row(self, case: Case, impl: str, times: dict[str, float], nbytes: int, **more: Any) -> None:
+        row = {
+            "bench": "decode", "case": case.name, "impl": impl, "device": torch.cuda.get_device_name(),
+            "dtype": "bfloat16", "batch": len(case.lengths), "heads": case.hq, "kv_heads": case.hkv,
+            "seqlen_q": case.sq, "seqlen_k": max(case.lengths), "tokens": sum(case.lengths), "head_dim": case.d,
+            "v_head_dim": case.d, "causal": True, "window": case.window[0], "codes": "random",
+            **{name: round(value, 5) for name, value in times.items()}, "bytes": nbytes,
+            "gb_s": round(nbytes / times["ms_median"] / 1e6, 1), "copy_gb_s": round(self.copy / 1e9, 1),
+            "commit": self.commit, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "torch": torch.__version__, "gpus": 1, **more,
+        }  # fmt: skip
+        with self.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{case.name:17} {impl:22} {times['ms_median']:8.4f} ms ({times['ms_p20']:.4f}-{times['ms_p80']:.4f}) "
+            f"{row['gb_s'] / 1e3:6.3f} TB/s  {more.get('overlap', '')}",
+            flush=True,
+        )
+
+    def limit(self, case: Case, impl: str, nbytes: int) -> None:
+        ms = nbytes / self.copy * 1e3
+        self.row(case, impl, {"ms_median": ms, "ms_p20": ms, "ms_p80": ms}, nbytes)
+
+    def ours(self, case: Case) -> float:
+        cache = fill(case)
+        q = torch.randn(len(case.lengths), case.sq, case.hq, case.d, device="cuda", dtype=BF16)
+        worst = check(case, cache, q)
+        if not worst <= 1.0:
+            raise SystemExit(f"WRONG {case.name}: error {worst:.2f} times its budget; nothing more is timed")
+        options = {"window_size": case.window, "tolerance": case.tolerance, "impl": "cuda"}
+        _, stats = sfa_attention_with_kvcache(q, cache, return_stats=True, **options)
+        rows_read = int(stats["rows_read"].sum())
+        nbytes = moved_bytes(case, cache, rows_read)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        sfa_attention_with_kvcache(q, cache, **options)
+        peak = torch.cuda.max_memory_allocated() - before
+        times = time_ms(graphed(lambda: sfa_attention_with_kvcache(q, cache, **options)), repeats=self.repeats)
+        more = {
+            "topk": case.topk, "dense_dims": case.dense_dims, "tolerance": case.tolerance,
+            "v_dtype": str(case.v_dtype).removeprefix("torch."), "page_size": case.page_size,
+            "overlap": round(rows_read / (sum(case.lengths) * case.hkv), 4), "max_err": round(worst, 4),
+            "peak_bytes": peak, "cache_of_dense": round(cache.nbytes / cache.dense_nbytes, 4),
+        }  # fmt: skip
+        self.row(case, "cuda", times, nbytes, **more)
+        self.limit(case, "limit_ours", nbytes)
+        return times["ms_median"]
+
+    def dense(self, case: Case) -> float:
+        """The fastest dense step, in milliseconds."""
+        b, n = len(case.lengths), case.lengths[0]
+        q = torch.randn(b, case.hq, case.sq, case.d, device="cuda", dtype=BF16)
+        k, v = (torch.randn(b, case.hkv, n, case.d, device="cuda", dtype=BF16) for _ in range(2))
+        nbytes = k.nbytes + v.nbytes
+        mask = {} if case.sq == 1 else {"attn_mask": torch.ones(case.sq, n, device="cuda").tril(n - case.sq).bool()}
+        group = case.hq // case.hkv
+        variants: dict[str, Callable[[], Tensor]] = {}
+        for name, backend in (
+            ("dense_cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("dense_fa2", SDPBackend.FLASH_ATTENTION),
+            ("dense_efficient", SDPBackend.EFFICIENT_ATTENTION),
+        ):
+            # Flash takes no mask: for several queries it skips the causal edge, which costs it nothing.
+            options = mask if backend != SDPBackend.FLASH_ATTENTION else {}
+
+            def call(query: Tensor = q, backend: SDPBackend = backend, options: dict[str, Any] = options) -> Tensor:
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(
+                        query, k, v, enable_gqa=query.shape[1] != k.shape[1], **options
+                    )
+
+            variants[name] = call
+            if group > 1 and case.sq == 1:  # the heads of a group as query rows, so that they share one read
+                rows = q.view(b, case.hkv, group, case.d)
+                variants[f"{name}_grouped"] = lambda call=call, rows=rows: call(rows)
+        best = float("inf")
+        for name, call in variants.items():
+            try:
+                times = time_ms(graphed(call), repeats=self.repeats)
+            except Exception as error:
+                torch.cuda.synchronize()
+                print(f"{case.name:17} {name:22} does not run: {str(error).splitlines()[0][:90]}", flush=True)
+                continue
+            self.row(case, name, times, nbytes)
+            best = min(best, times["ms_median"])
+        self.limit(case, "limit_dense", nbytes)
+        self.limit(case, "limit_dense_fp8", nbytes // 2)
+        return best
+
+    def sweep(self, case: Case) -> None:
+        """The kernel alone, without top-k of q, over its settings."""
+        cache = fill(case)
+        q = torch.randn(len(case.lengths), case.sq, case.hq, case.d, device="cuda", dtype=BF16)
+        code = topk_sparsify(q, case.topk)
+        base = cuda_decode.configure(cache, case.sq * case.hq // case.hkv)
+        settings: list[dict[str, int]] = [{}]
+        settings += [{"max_splits": n} for n in (16, 32, 64, 256)]
+        settings += [{"UNROLL": u, "CTAS": c} for u, c in ((4, 6), (4, 7), (8, 5), (8, 4), (6, 5), (2, 8))]
+        settings += [{"REP": n} for n in (1, 8) if n != base.REP]
+        settings += [{"WARPS": 8, "CTAS": max(1, base.CTAS // 2)}, {"WARPS": 2, "CTAS": 2 * base.CTAS}]
+        for setting in settings:
+            options: dict[str, Any] = {"stats": False, **setting}
+
+            def call(options: dict[str, Any] = options) -> Any:
+                return cuda_decode.attend(code, cache, 0, list(cache._ids), (-1, 0), case.d**-0.5, False, **options)
+
+            try:
+                times = time_ms(graphed(call), repeats=self.repeats)
+            except Exception as error:
+                torch.cuda.synchronize()
+                print(f"{case.name} {setting}: {str(error).splitlines()[0][:90]}", flush=True)
+                continue
+            print(f"{case.name:12} sweep {setting!s:36} {times['ms_median']:.4f} ms", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES))
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--sweep", action="store_true", help="also time the kernel's settings")
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    started, failed = time.time(), 0
+    with torch.no_grad():
+        report = Report(args)
+        for name in args.cases or (QUICK if args.quick else CASES):
+            try:
+                ours = report.ours(CASES[name])
+                best = report.dense(CASES[name]) if CASES[name].dense else None
+                if best is not None:
+                    print(
+                        f"{name:17} {best / ours:.2f}x the fastest dense  [{time.time() - started:.0f} s]", flush=True
+                    )
+            except Exception:
+                failed += 1
+                traceback.print_exc()
+            torch.cuda.empty_cache()
+        if args.sweep:
+            for name in ("mha_128", "gqa_4"):
+                report.sweep(CASES[name])
+                torch.cuda.empty_cache()
+    print(f"{time.time() - started:.0f} s, {failed} failures")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

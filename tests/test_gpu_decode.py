@@ -1,0 +1,403 @@
+"""The decode kernel against the reference in float64: on a GPU (-m gpu), and its source compiled for the CPU.
+
+The second (host_cuda.h) runs the same arithmetic and indices, thread by thread.
+"""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flash_sfa import SparseKVCache, sfa_attention, sfa_attention_with_kvcache, topk_sparsify
+from flash_sfa.impl import cuda_decode
+from oracle import poisoned
+
+HERE = Path(__file__).parent
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class HostKernels:
+    def __init__(self, config):
+        folder = Path(tempfile.mkdtemp())
+        library = folder / "decode.so"
+        macros = [f"-D{name}={value}" for name, value in config.macros()]
+        subprocess.run(
+            ["g++", "-O1", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-I", HERE, "-I",
+             cuda_decode.SOURCE.parent, '-DSFA_HOST="host_cuda.h"', *macros, "-o", library, HERE / "host_decode.cpp"],
+            check=True,
+        )  # fmt: skip
+        self.library = ctypes.CDLL(str(library))
+        shutil.rmtree(folder)
+
+    def launch(self, name, grid, threads, params):
+        kernel = ("sfa_decode", "sfa_combine").index(name)
+        assert self.library.launch(kernel, *grid, ctypes.byref(params), ctypes.sizeof(params)) == 0
+
+
+@functools.cache
+def host_kernels(config):
+    return HostKernels(config)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    with poisoned():
+        yield
+
+
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        return "cuda"
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    monkeypatch.setattr(cuda_decode, "load", lambda config, device: host_kernels(config))
+    return "cpu"
+
+
+def normal(*shape, seed=0, dtype=FP32, device="cpu"):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(dtype).to(device)
+
+
+def filled(
+    lengths, *, device, hkv=2, d=64, dv=64, topk=8, dense_dims=0, page_size=16, dtype=FP32, v_dtype=None,
+    change=None,
+):  # fmt: skip
+    """A cache with sequences of these lengths and three pages to spare; change(k, v) edits what goes in."""
+    pages = sum(-(-n // page_size) for n in lengths) + 3
+    cache = SparseKVCache(
+        num_kv_heads=hkv, head_dim=d, v_head_dim=dv, topk=topk, dense_dims=dense_dims, page_size=page_size,
+        max_tokens=pages * page_size, dtype=dtype, v_dtype=v_dtype, device=device,
+    )  # fmt: skip
+    cache.alloc(len(lengths))
+    shape = (len(lengths), max(lengths), hkv)
+    k, v = (normal(*shape, dim, seed=seed, dtype=dtype, device=device) for dim, seed in ((d, 1), (dv, 2)))
+    if change is not None:
+        change(k, v)
+    cache.append(k, v, lengths=lengths)
+    return cache
+
+
+def attend(cache, q, *, topk_q=None, window=(-1, 0), scale=None, drop=False, ids=None, span=1, **options):
+    scale = cache.head_dim**-0.5 if scale is None else scale
+    code = q if topk_q == "dense" else topk_sparsify(q, topk_q or cache.topk, dense_dims=cache.dense_dims)
+    ids = list(cache._ids) if ids is None else ids
+    return cuda_decode.attend(code, cache, 0, ids, window, scale, drop, True, span=span, **options)
+
+
+def exact(cache, q, topk_q, window, scale, drop, dtype):
+    """`sfa_attention` of every sequence by itself on the stored codes, and torch's math attention; both in a dtype."""
+    outs, lses, plains = [], [], []
+    for row, seq_id in enumerate(cache._ids):
+        keys, v = (x[None].to(dtype) for x in (cache.gather(0, seq_id)[0].to_dense(), cache.gather(0, seq_id)[1]))
+        query = q[row, None]
+        members = None
+        if topk_q != "dense":
+            members = topk_sparsify(query, topk_q or cache.topk, dense_dims=cache.dense_dims)
+            query = members.to_dense()
+        query = query.to(dtype)
+        if drop:
+            code = topk_sparsify(q[row, None], topk_q or cache.topk).to(dtype)
+            key_code = cache.gather(0, seq_id)[0].map(lambda x: x[None]).to(dtype)
+            out, lse = sfa_attention(
+                code, key_code, v, window_size=window, softmax_scale=scale, nonoverlap="drop", return_lse=True,
+                impl="reference",
+            )  # fmt: skip
+        else:
+            out, lse = sfa_attention(
+                query, keys, v, topk=cache.head_dim, window_size=window, softmax_scale=scale, return_lse=True,
+                impl="reference",
+            )  # fmt: skip
+        outs.append(out[0])
+        lses.append(lse[0])
+        plains.append(plain_attention(query, keys, v, window, scale)[0])
+    return torch.stack(outs), torch.stack(lses), torch.stack(plains)
+
+
+def plain_attention(query, keys, v, window, scale):
+    sq, sk = query.shape[1], keys.shape[1]
+    at, to = torch.arange(sq, device=v.device)[:, None] + sk - sq, torch.arange(sk, device=v.device)
+    seen = torch.ones(sq, sk, dtype=torch.bool, device=v.device)
+    seen &= (window[0] < 0) | (to >= at - window[0])
+    seen &= (window[1] < 0) | (to <= at + window[1])
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (query, keys, v)), attn_mask=seen, scale=scale, enable_gqa=True
+        ).transpose(1, 2)
+
+
+def compare(cache, q, *, topk_q=None, window=(-1, 0), scale=None, drop=False, **options):
+    """The kernel within the budget of the reference; returns what the kernel returned."""
+    scale = cache.head_dim**-0.5 if scale is None else scale
+    out, lse, misplaced, rows_read = attend(
+        cache, q, topk_q=topk_q, window=window, scale=scale, drop=drop, **options
+    )  # fmt: skip
+    wanted, wanted_lse, _ = exact(cache, q, topk_q, window, scale, drop, torch.float64)
+    reference, _, plain = exact(cache, q, topk_q, window, scale, drop, FP32)
+    assert torch.equal(out.isnan(), wanted.isnan()) and torch.equal(lse.isnan(), wanted_lse.isnan())
+    assert (misplaced == 0).all()
+    good = wanted.isfinite()
+    if good.any():
+        noise = (reference - wanted)[good].abs().max()
+        if cache.dtype == FP32 and not drop and plain[good].isfinite().all():
+            noise = noise.maximum((plain - wanted)[good].abs().max())
+        budget = 2 * noise + torch.finfo(cache.dtype).eps * wanted[good].abs().max()
+        error = (out - wanted)[good].abs().max()
+        assert error <= budget, f"error {float(error)}, budget {float(budget)}"
+    seen = wanted_lse.isfinite()
+    assert torch.equal(lse[~seen].nan_to_num(), wanted_lse[~seen].to(FP32).nan_to_num())
+    assert ((lse - wanted_lse).abs() <= 1e-5 * (1 + wanted_lse.abs()))[seen].all()
+    return out, lse, rows_read
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "page_size"),
+    [(BF16, 1, 16), (BF16, 4, 128), (BF16, 8, 256), (FP16, 4, 16), (FP32, 1, 128), (FP32, 8, 100)],
+)
+def test_ragged_lengths(dtype, group, page_size, device):
+    cache = filled([300, 0, 1, 129, 513], page_size=page_size, dtype=dtype, device=device)
+    _, _, rows = compare(cache, normal(5, 1, 2 * group, 64, seed=3, dtype=dtype, device=device))
+    if group == 1:
+        assert rows[1].sum() == 0 and (rows[4] < 513).all() and (rows[4] > 200).all()
+
+
+@pytest.mark.parametrize("sq", [2, 3, 16])
+@pytest.mark.parametrize("window", [(-1, 0), (40, 0), (200, 0), (-1, -1), (3, 5), (0, 0)])
+@pytest.mark.parametrize("group", [1, 4])
+def test_several_queries_and_windows(sq, window, group, device):
+    cache = filled([300, 2, 129], device=device)
+    compare(cache, normal(3, sq, 2 * group, 64, seed=3, device=device), window=window)
+
+
+@pytest.mark.parametrize(
+    ("d", "dv", "topk", "dense_dims", "dtype", "topk_q", "group"),
+    [
+        (128, 128, 8, 0, BF16, None, 1), (256, 256, 8, 0, BF16, None, 1), (128, 24, 7, 0, FP16, 16, 3),
+        (60, 36, 5, 0, FP32, 2, 1), (64, 33, 1, 0, BF16, None, 3), (32, 64, 32, 0, BF16, None, 1),
+        (320, 80, 16, 0, BF16, None, 3), (320, 80, 9, 0, FP32, 3, 1), (128, 128, 8, 16, BF16, None, 1),
+        (64, 64, 8, 3, FP32, None, 3), (64, 64, 8, [60, 1, 7, 9, 11], FP16, 4, 1), (64, 64, 8, 0, BF16, "dense", 3),
+        (64, 64, 8, [3, 9], FP32, "dense", 1), (64, 512, 8, 0, FP32, None, 3), (96, 96, 20, 0, BF16, None, 1),
+        (64, 64, 12, 12, BF16, None, 3), (128, 128, 8, 0, BF16, None, 4), (128, 128, 8, 0, BF16, None, 8),
+        (128, 128, 8, 0, BF16, None, 2), (1024, 64, 8, 0, FP16, None, 1),
+    ],
+)  # fmt: skip
+def test_shapes(d, dv, topk, dense_dims, dtype, topk_q, group, device):
+    cache = filled([200, 31], d=d, dv=dv, topk=topk, dense_dims=dense_dims, dtype=dtype, device=device)
+    compare(cache, normal(2, 2 if group == 3 else 1, 2 * group, d, seed=3, dtype=dtype, device=device), topk_q=topk_q)
+
+
+@pytest.mark.parametrize("v_dtype", [FP16, FP32])
+def test_v_in_another_dtype(v_dtype, device):
+    cache = filled([200, 31], dtype=BF16, v_dtype=v_dtype, device=device)
+    compare(cache, normal(2, 1, 2, 64, seed=3, dtype=BF16, device=device))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("window", [(-1, 0), (40, 0)])
+def test_drop(group, window, device):
+    cache = filled([300, 5], topk=2, device=device)
+    compare(cache, normal(2, 2, 2 * group, 64, seed=3, device=device), drop=True, window=window)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("s", [-100.0, -20.0, 0.0, 5.0, 80.0])
+@pytest.mark.parametrize(
+    "features", [[0] * 300, [0] * 299 + [1], [0] * 127 + [1] + [0] * 172, [0] * 100 + [1] * 28 + [0] * 128, [1] * 200]
+)
+@pytest.mark.parametrize("group", [1, 2])
+def test_all_overlap_rows_stay_stable(features, s, dtype, group, device):
+    d, n = 32, len(features)
+
+    def change(k, v):
+        k.zero_()[0, torch.arange(n), 0, torch.tensor(features)] = 1.0
+
+    cache = filled([n], hkv=1, d=d, dv=24, topk=1, page_size=128, dtype=dtype, device=device, change=change)
+    q = torch.zeros(1, 1, group, d, dtype=dtype, device=device)
+    q[0, 0, 0, 0] = s
+    if group == 2:  # overlaps with nothing
+        q[0, 0, 1, 2] = s
+    compare(cache, q, scale=1.0)
+
+
+@pytest.mark.parametrize("span", [1, 2, 4])
+@pytest.mark.parametrize("max_splits", [1, 2, 128])
+def test_splits(span, max_splits, device):
+    cache = filled([1200, 129], device=device)
+    for sq, window in ((1, (-1, 0)), (2, (600, 0))):
+        q = normal(2, sq, 2, 64, seed=3, device=device)
+        compare(cache, q, span=span, max_splits=max_splits, window=window)
+
+
+def test_results_do_not_depend_on_the_batch_or_on_the_pages(device):
+    results = []
+    for page_size, rows in ((16, [0, 1, 2]), (100, [0]), (128, [2, 0])):
+        cache = filled([1200, 129, 700], page_size=page_size, device=device)
+        q = normal(3, 1, 4, 64, seed=3, device=device)[rows]
+        results.append(attend(cache, q, ids=rows)[0][rows.index(0)])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("what", ["k", "v", "q"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("group", [1, 4])
+def test_non_finite_values_stay_where_they_are_seen(what, value, group, device):
+    q = normal(2, 6, 2 * group, 64, seed=3, device=device)
+    clean = compare(filled([200, 200], device=device), q)[0]
+    if what == "q":
+        q[0, 4, 0, 3] = value
+
+    def change(k, v):
+        if what != "q":
+            (k if what == "k" else v)[0, 197, 0, 3] = value
+
+    out = attend(filled([200, 200], device=device, change=change), q)[0]
+    if what == "q":
+        assert out[0, 4, 0].isnan().all()
+        out[0, 4, 0] = clean[0, 4, 0]
+    else:  # queries 0 to 2 stand before token 197
+        assert not out[0, 3:, :group].isfinite().all((1, 2)).any()
+        out[0, 3:, :group] = clean[0, 3:, :group]
+    torch.testing.assert_close(out, clean)
+
+
+def test_rows_without_overlap_are_not_read(device):
+    cache = filled([300], device=device)
+    q = normal(1, 1, 2, 64, seed=3, device=device)
+    out, _, rows = compare(cache, q)
+    kept_q = topk_sparsify(q, 8).to_dense()[0, 0] != 0
+    kept_k = cache.gather(0, 0)[0].to_dense() != 0
+    needed = (kept_q[:, None] & kept_k.transpose(0, 1)).any(-1)
+    # The last block has 44 tokens: so few may be read whole.
+    assert (needed.sum(-1) <= rows[0]).all() and (rows[0] <= needed[:, :256].sum(-1) + 44).all()
+    pool = cache._layers[0]
+    for head in range(2):
+        for token in (~needed[head, :256]).nonzero()[:, 0].tolist():
+            pool.v[pool.sequences[0].pages[token // 16], head, token % 16] = torch.nan
+    assert torch.equal(attend(cache, q)[0], out)
+
+
+def test_pages_that_were_shared_and_moved(device):
+    cache = filled([300, 200, 50], page_size=64, device=device)
+    cache.fork(0)
+    cache.reorder([1, 0, 2, 0])
+    cache.truncate([0, 3], [131, 290])
+    k, v = normal(2, 20, 2, 64, seed=8, device=device), normal(2, 20, 2, 64, seed=9, device=device)
+    cache.append(k, v, seq_ids=[2, 1])
+    q = normal(4, 1, 4, 64, seed=3, device=device)
+    out = compare(cache, q)[0]
+    torch.testing.assert_close(out, sfa_attention_with_kvcache(q, cache, impl="cpu"), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_to_do(device):
+    cache = filled([5], device=device)
+    out, lse, _, rows_read = attend(cache, normal(0, 2, 4, 64, device=device), ids=[])
+    assert out.shape == (0, 2, 4, 64) and lse.shape == (0, 4, 2) and rows_read.shape == (0, 2)
+    out, lse, _, _ = attend(cache, normal(1, 0, 4, 64, device=device))
+    assert out.shape == (1, 0, 4, 64) and lse.shape == (1, 4, 0)
+
+
+# Only on a GPU
+
+
+def steps(cache, q, k, v, impl):
+    return sfa_attention_with_kvcache(q, cache, k=k, v=v, impl=impl, return_lse=True)
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernel_and_equals_the_others(monkeypatch):
+    caches = [filled([300, 0, 129], dtype=BF16, device="cuda") for _ in range(3)]
+    calls, original = [], cuda_decode.attend
+    monkeypatch.setattr(cuda_decode, "attend", lambda *a, **o: calls.append(1) or original(*a, **o))
+    for step in range(5):
+        q, k, v = (normal(3, 1 + step, h, 64, seed=step + h, dtype=BF16, device="cuda") for h in (4, 2, 2))
+        results = [steps(cache, q, k, v, impl) for cache, impl in zip(caches, ("auto", "cpu", "reference"))]
+        assert len(calls) == step + 1
+        for out, lse in results[1:]:
+            torch.testing.assert_close(results[0][0], out, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(results[0][1], lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_what_the_kernel_refuses_and_what_auto_does_then():
+    q = normal(1, 1, 4, 64, dtype=FP32, device="cuda")
+    cache = filled([40], device="cuda")
+    with pytest.raises(NotImplementedError, match="gradient"):
+        sfa_attention_with_kvcache(q.requires_grad_(), cache, impl="cuda")
+    assert sfa_attention_with_kvcache(q, cache).requires_grad
+    q = q.detach()
+    with pytest.raises(NotImplementedError, match="16 query tokens"):
+        sfa_attention_with_kvcache(q.expand(-1, 17, -1, -1), cache, impl="cuda")
+    assert sfa_attention_with_kvcache(q.expand(-1, 17, -1, -1), cache).shape == (1, 17, 4, 64)
+    with pytest.raises(NotImplementedError, match="float64"):
+        sfa_attention_with_kvcache(q.double(), filled([40], dtype=torch.float64, device="cuda"), impl="cuda")
+    assert (sfa_attention_with_kvcache(q, cache, tolerance=0.5) == sfa_attention_with_kvcache(q, cache)).all()
+
+
+@pytest.mark.gpu
+def test_a_decode_is_captured_in_a_graph_and_replayed_on_other_queries():
+    cache = filled([300, 0, 1000], dtype=BF16, device="cuda")
+    q = normal(3, 1, 4, 64, dtype=BF16, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        sfa_attention_with_kvcache(q, cache, impl="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = sfa_attention_with_kvcache(q, cache, impl="cuda")
+    for seed in (1, 2):
+        q.copy_(normal(3, 1, 4, 64, seed=seed, dtype=BF16, device="cuda"))
+        graph.replay()
+        assert torch.equal(out, sfa_attention_with_kvcache(q, cache, impl="cuda"))
+
+
+@pytest.mark.gpu
+def test_a_decode_does_not_wait_for_the_device():
+    cache = filled([300, 0, 1000], dtype=BF16, device="cuda")
+    q = normal(3, 1, 4, 64, dtype=BF16, device="cuda")
+    sfa_attention_with_kvcache(q, cache, impl="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sfa_attention_with_kvcache(q, cache, impl="cuda", return_lse=True, return_stats=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_long_sequence(group):
+    """100,000 tokens, all splits in use; bf16 against the plain PyTorch implementation in fp32."""
+    cache = filled([100_000], d=128, dv=128, page_size=256, dtype=BF16, device="cuda")
+    q = normal(1, 1, 2 * group, 128, seed=3, dtype=BF16, device="cuda")
+    out, lse, _, _ = attend(cache, q, span=4)
+    wanted, wanted_lse = sfa_attention_with_kvcache(q, cache, impl="cpu", return_lse=True)
+    torch.testing.assert_close(out, wanted, rtol=2**-7, atol=1e-4)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_another_stream_and_another_thread():
+    import threading
+
+    cache = filled([300, 70], dtype=BF16, device="cuda")
+    q = normal(2, 1, 4, 64, dtype=BF16, device="cuda")
+    wanted = sfa_attention_with_kvcache(q, cache, impl="cuda")
+    torch.cuda.synchronize()
+    got = []
+
+    def work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got.append(sfa_attention_with_kvcache(q, cache, impl="cuda"))
+            torch.cuda.synchronize()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert torch.equal(got[0], wanted)
