@@ -131,13 +131,19 @@ def configure(
         vec //= 2
     while n_rows > 1 and n_rows * _accumulators(dv, size, vec) > 64:
         n_rows //= 2
+    # A warp keeps UNROLL pieces a lane in flight: in registers for one row, in shared memory for more.
     registers = n_rows * _accumulators(dv, size, vec)
+    pieces = -(-dv * size // vec // 32)
+    staged = n_rows > 1 and vec >= 4
+    if registers <= 8 or (n_rows == 2 and registers <= 16):
+        ctas = 5 if cache.dense_dims else 6
+    else:
+        ctas = 4 if registers <= 32 else 3
     config = Config(
         D=d, W=cache.width, R=len(cache.dense_dims), DV=dv, PAGE=cache.page_size, ROWS=n_rows,
         CODE=_KINDS[cache.dtype], V=_KINDS[cache.v_dtype], ALL=int(dense), DROP=int(drop and not dense),
-        QDENSE=int(dense_query), VEC=vec, UNROLL=6 if registers <= 16 else 4 if registers <= 32 else 2,
-        REP=32 if n_rows == 1 and d <= 128 else 1, WARPS=4,
-        CTAS=6 if registers <= 8 else 4 if registers <= 32 else 3,
+        QDENSE=int(dense_query), VEC=vec, UNROLL=max(2, (8 if staged else 6) // pieces),
+        REP=32 if n_rows == 1 and d <= 128 else 1, WARPS=4, CTAS=ctas,
     )  # fmt: skip
     return replace(config, **overrides)
 

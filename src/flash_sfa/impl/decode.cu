@@ -64,6 +64,23 @@ __device__ __forceinline__ void load(const void* p, u32* out) {
     out[0] = __ldg((const u8*)p);
   }
 }
+// Copies to shared memory that complete later: in order, counted in groups.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* shared, const void* p) {
+  u32 to = (u32)__cvta_generic_to_shared(shared);
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(p), "n"(BYTES) : "memory");
+  }
+}
+
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wait_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 #endif
 
 constexpr int D = SFA_D, W = SFA_W, R = SFA_R, DV = SFA_DV, PAGE = SFA_PAGE, ROWS = SFA_ROWS;
@@ -87,6 +104,10 @@ static_assert(VEC % VB == 0 && DV * VB % VEC == 0, "VEC must divide a row of V")
 constexpr int RV = min_of(ROWS, 4), RG = ROWS / RV;
 constexpr int FLAGS = DROP ? ROWS : 1;
 constexpr int EC = 16 / CB;  // entries a 16-byte piece of values
+
+// Many rows leave no registers for V rows in flight: these go through shared memory, a lane reading what it copied.
+constexpr bool STAGED = ROWS > 1 && VEC >= 4;
+constexpr int WORDS = (VEC + 3) / 4;
 
 constexpr int TABLE_FLOATS = D * REP * ROWS;
 constexpr int QUEUE_BYTES = BLOCK * 4 * (1 + ROWS), OWN_BYTES = (max_of(QUEUE_BYTES, ROWS * DV * 4) + 15) / 16 * 16;
@@ -243,6 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
   alignas(16) __shared__ float table[TABLE_FLOATS];
   alignas(16) __shared__ float always[R > 0 ? R * ROWS : 1];
   alignas(16) __shared__ unsigned char own[WARPS][OWN_BYTES];
+  alignas(16) __shared__ u32 staged[WARPS][STAGED ? UNROLL : 1][STAGED ? CH : 1][32][STAGED ? WORDS : 1];
   __shared__ float merged[WARPS][ROWS][2];
   __shared__ int bounds[2][ROWS];
   __shared__ int bad[ROWS];
@@ -492,33 +514,61 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       }
     }
 
-#pragma unroll 1
-    for (int base = 0; base < count; base += RPL * UNROLL) {
-      u32 data[UNROLL][CH][(VEC + 3) / 4];
+    // What one row of the queue adds.
+    auto add = [&](int j, const u32 (&data)[CH][WORDS]) {
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        int j = base + u * RPL + sub;
-        const char* v_row = (const char*)p.v + (i64)queue_row[min(j, count - 1)] * (DV * VB);
+      for (int r = 0; r < ROWS; ++r) {
+        float weight = queue_weight[j * ROWS + r];
+        // A row that does not see the token must not meet its V, which may not be finite.
+        if (ROWS == 1 || weight != 0.0f) {
 #pragma unroll
-        for (int k = 0; k < CH; ++k) {
-          if (j < count && column + k * 32 < CHUNKS) load<VEC>(v_row + (column + k * 32) * VEC, data[u][k]);
+          for (int e = 0; e < ACC; ++e) acc[r][e] = fmaf(weight, v_element(data[e / EPV], e % EPV), acc[r][e]);
         }
       }
-#pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        int j = base + u * RPL + sub;
+    };
+    auto v_row = [&](int j) { return (const char*)p.v + (i64)queue_row[j] * (DV * VB); };
+    if constexpr (STAGED) {
+      auto fetch = [&](int j, int u) {
         if (j < count) {
 #pragma unroll
-          for (int r = 0; r < ROWS; ++r) {
-            float weight = queue_weight[j * ROWS + r];
-            // A row that does not see the token must not meet its V, which may not be finite.
-            if (ROWS == 1 || weight != 0.0f) {
-#pragma unroll
-              for (int e = 0; e < ACC; ++e)
-                acc[r][e] = fmaf(weight, v_element(data[u][e / EPV], e % EPV), acc[r][e]);
-            }
-          }
+          for (int k = 0; k < CH; ++k)
+            if (column + k * 32 < CHUNKS)
+              copy_async<VEC>(staged[warp][u][k][lane], v_row(j) + (column + k * 32) * VEC);
         }
+        close_group();
+      };
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) fetch(u * RPL + sub, u);
+#pragma unroll 1
+      for (int base = 0; base < count; base += RPL * UNROLL) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+          int j = base + u * RPL + sub;
+          u32 data[CH][WORDS];
+          wait_groups<UNROLL - 1>();
+#pragma unroll
+          for (int k = 0; k < CH; ++k)
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) data[k][i] = staged[warp][u][k][lane][i];
+          fetch(j + RPL * UNROLL, u);
+          if (j < count) add(j, data);
+        }
+      }
+      wait_groups<0>();
+    } else {
+#pragma unroll 1
+      for (int base = 0; base < count; base += RPL * UNROLL) {
+        u32 data[UNROLL][CH][WORDS];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+          int j = base + u * RPL + sub;
+#pragma unroll
+          for (int k = 0; k < CH; ++k)
+            if (j < count && column + k * 32 < CHUNKS) load<VEC>(v_row(j) + (column + k * 32) * VEC, data[u][k]);
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+          if (base + u * RPL + sub < count) add(base + u * RPL + sub, data[u]);
       }
     }
     if (use_sum) {

@@ -701,7 +701,8 @@ def _topk(
         # The chosen quads come from shared memory or are read again. Measured on an H200: shared memory is 15% faster
         # for these shapes and up to 13 times slower for others.
         plain = rows.levels == 1 and whole and prefix
-        shared = tuning.get("SHARED", plain and d in (128, 256) and 4 <= _next_power_of_2(w) <= 8)
+        wide = d == 256 or (d == 128 and not with_kept)
+        shared = tuning.get("SHARED", plain and wide and 4 <= _next_power_of_2(w) <= 8)
         tile, warps = (32, 1) if shared else (128, 4)
         tile, warps = tuning.get("R", tile), tuning.get("warps", warps)
         quads = _quads_of(x)
