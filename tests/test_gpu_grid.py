@@ -16,6 +16,9 @@ from test_varlen import RAGGED, check, ends
 pytestmark = pytest.mark.gpu
 IMPLS = ("reference", "sdpa", "triton")
 FULL_MASKS = ("full_mask", "causal_mask", "window_full_mask")  # triton takes key padding only
+TRITON_CASES = [
+    case for case in CASES if case.sees not in FULL_MASKS and case.dtype != FP64 and max(case.d, case.dv) <= 256
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +33,11 @@ def test_grid_on_cuda(case: Case) -> None:
     check_case(case, "reference", "cuda")
     if not case.may_drop and case.dtype != FP64:
         check_case(case, "sdpa", "cuda")
-    if case.sees not in FULL_MASKS and case.dtype != FP64 and max(case.d, case.dv) <= 256:
-        check_case(case, "triton", "cuda")
+
+
+@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
+def test_triton_grid_on_cuda(case: Case) -> None:
+    check_case(case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
