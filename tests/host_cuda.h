@@ -141,6 +141,31 @@ inline u16 to_bf16(float x) {
   if (x != x) return 0x7fff;
   return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+// Asynchronous copies land when they are waited for, as late as they may.
+namespace host {
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, group;
+};
+static std::vector<Copy> copies[MAX];
+static int groups[MAX];
+}  // namespace host
+template <int BYTES>
+void copy_async(void* to, const void* from) {
+  if ((uintptr_t(to) | uintptr_t(from)) % BYTES) __builtin_trap();
+  host::copies[host::current].push_back({to, from, BYTES, host::groups[host::current]});
+}
+inline void close_group() { ++host::groups[host::current]; }
+template <int PENDING>
+void wait_groups() {
+  auto& copies = host::copies[host::current];
+  size_t n = 0;
+  for (; n < copies.size() && copies[n].group < host::groups[host::current] - PENDING; ++n)
+    std::memcpy(copies[n].to, copies[n].from, copies[n].bytes);
+  copies.erase(copies.begin(), copies.begin() + n);
+}
+
 template <int BYTES>
 void load(const void* p, u32* out) {
   if (uintptr_t(p) % BYTES) __builtin_trap();  // a GPU would, too

@@ -1,0 +1,56 @@
+"""decode.cu compiles with NVRTC for each architecture, without a GPU: hardly a spill, and shared memory in bounds.
+
+Needs cuda-core with NVRTC (the extra ``cuda``, 200 MB installed) and Triton's cuobjdump.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flash_sfa.impl import cuda_decode
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# name: query rows a kv head, then what differs from d = dv = 128, topk 8, bf16, pages of 256
+CACHES = {
+    "mha": (1, {}),
+    "mha_page16": (1, {"page_size": 16}),
+    "d256": (1, {"head_dim": 256, "v_head_dim": 256}),
+    "two_rows": (2, {}),
+    "gqa4": (4, {}),
+    "gqa8": (8, {}),
+    "gqa4_d256": (4, {"head_dim": 256, "v_head_dim": 256}),
+    "dense16": (1, {"dense_dims": tuple(range(16))}),
+    "fp32": (8, {"dtype": FP32, "v_dtype": FP32}),
+    "topk16": (1, {"width": 16}),
+    "d512": (1, {"head_dim": 512, "v_head_dim": 512}),
+}
+
+
+def shape(**options):
+    return SimpleNamespace(
+        **{"head_dim": 128, "v_head_dim": 128, "width": 8, "dense_dims": (), "page_size": 256, "dtype": BF16,
+           "v_dtype": BF16} | options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
+@pytest.mark.parametrize("name", CACHES)
+def test_compiles_without_spills(name, arch, tmp_path):
+    if cuda_decode._cuda_core() is None:
+        pytest.skip("cuda-core is not installed: pip install 'flash-sfa[cuda]'")
+    tool = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    rows, options = CACHES[name]
+    file = tmp_path / "decode.cubin"
+    file.write_bytes(cuda_decode.compile_kernels(cuda_decode.configure(shape(**options), rows), arch))
+    usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    assert {kernel for kernel, *_ in found} == {"sfa_decode", "sfa_combine"}
+    for kernel, registers, stack, shared in found:
+        print(f"{name} {arch} {kernel}: {registers} registers, {stack} bytes of stack, {shared} of shared memory")
+        assert int(shared) <= 48 * 1024
+        # Eight rows fill the registers; a few loop bounds may wait on the stack.
+        assert int(stack) <= (64 if rows == 8 else 0)
