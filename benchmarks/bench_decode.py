@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import time_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_sfa import SparseKVCache, sfa_attention_with_kvcache, topk_sparsify
+from flash_sfa.bench.timing import time_ms
 from flash_sfa.impl import cuda_decode
 
 BF16 = torch.bfloat16

@@ -8,6 +8,7 @@ from importlib import import_module
 from .version import __version__
 
 COMMANDS = {
+    "bench": ("flash_sfa.bench.command", "time SFA against dense attention on this GPU"),
     "demo": ("flash_sfa.demo.command", "train SFA beside dense attention on real text, compare, generate"),
     "env": ("flash_sfa.env", "versions, devices, and which implementations are available"),
     "niah": ("flash_sfa.train.niah", "find a needle in a haystack: train on it, or test a checkpoint"),

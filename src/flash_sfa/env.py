@@ -52,15 +52,26 @@ def _implementations(torch: Any, errors: dict[str, str | None], has_cuda: bool) 
     elif not has_cuda:
         triton = "not available: no CUDA device"
     else:
-        triton = "available for topk_sparsify; no attention kernel is built yet"
+        triton = "available for topk_sparsify and attention"
     return {
         "reference": "available",
         "sdpa": "available",
         "cpu": "available for sfa_attention_with_kvcache",
         "triton": triton,
-        "cuda": "not available: not built yet",
+        "cuda": _cuda(),
         "intersect": "not available: not built yet",
     }
+
+
+def _cuda() -> str:
+    """State of the CUDA decode kernel."""
+    try:
+        from .impl import cuda_decode
+
+        reason = cuda_decode.missing(None)
+    except Exception as error:  # a broken installation may raise anything
+        reason = f"{type(error).__name__}: {error}"
+    return "available for sfa_attention_with_kvcache" if reason is None else f"not available: {reason}"
 
 
 def collect() -> dict[str, Any]:

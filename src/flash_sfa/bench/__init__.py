@@ -1,0 +1,1 @@
+"""The command ``flash-sfa bench``: SFA against dense attention on this machine's GPU."""
