@@ -252,10 +252,12 @@ class Report:
         code = topk_sparsify(q, case.topk)
         base = cuda_decode.configure(cache, case.sq * case.hq // case.hkv)
         settings: list[dict[str, int]] = [{}]
-        settings += [{"max_splits": n} for n in (16, 32, 64, 256)]
-        settings += [{"UNROLL": u, "CTAS": c} for u, c in ((4, 6), (4, 7), (8, 5), (8, 4), (6, 5), (2, 8))]
-        settings += [{"REP": n} for n in (1, 8) if n != base.REP]
-        settings += [{"WARPS": 8, "CTAS": max(1, base.CTAS // 2)}, {"WARPS": 2, "CTAS": 2 * base.CTAS}]
+        settings += [{"max_splits": n} for n in (32, 64, 256)]
+        settings += [{"UNROLL": 4}, {"UNROLL": 6}, {"UNROLL": 10}, {"CTAS": base.CTAS - 1}, {"CTAS": base.CTAS + 1}]
+        settings += [{"AHEAD": 0}, {"STAGED": 0, "UNROLL": 6, "CTAS": 5 if base.ROWS == 1 else 3}]
+        settings += [{"WARPS": 2, "CTAS": 2 * base.CTAS}, {"WARPS": 8, "CTAS": base.CTAS // 2, "UNROLL": 4}]
+        if base.ROWS == 1:
+            settings += [{"STAGED": 0, "AHEAD": 0, "UNROLL": 6, "REP": 32}, {"REP": 1}, {"REP": 16, "UNROLL": 6}]
         for setting in settings:
             options: dict[str, Any] = {"stats": False, **setting}
 

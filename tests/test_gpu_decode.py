@@ -194,6 +194,14 @@ def test_shapes(d, dv, topk, dense_dims, dtype, topk_q, group, device):
     compare(cache, normal(2, 2 if group == 3 else 1, 2 * group, d, seed=3, dtype=dtype, device=device), topk_q=topk_q)
 
 
+@pytest.mark.parametrize(("staged", "ahead"), [(0, 0), (0, 1), (1, 0)])
+@pytest.mark.parametrize("group", [1, 4])
+def test_other_ways_to_load(staged, ahead, group, device):
+    cache = filled([700, 31, 129], dtype=BF16, d=128, dv=128, device=device)
+    q = normal(3, 1, 2 * group, 128, seed=3, dtype=BF16, device=device)
+    compare(cache, q, STAGED=staged, AHEAD=ahead, UNROLL=6 if group == 1 else 4)
+
+
 @pytest.mark.parametrize("v_dtype", [FP16, FP32])
 def test_v_in_another_dtype(v_dtype, device):
     cache = filled([200, 31], dtype=BF16, v_dtype=v_dtype, device=device)

@@ -27,6 +27,7 @@ MAX_QUERIES, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 1024, 512
 SPAN, MAX_SPLITS = 4, 128
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 _COMBINE_THREADS = 512
+_SHARED = 48 * 1024
 _POINTERS = (
     "q_values", "q_indices", "q_dense", "values", "indices", "dense", "v", "v_scale", "sums", "lengths", "pages",
     "sum_rows", "part_o", "part_ml", "out", "lse", "rows_read",
@@ -63,6 +64,8 @@ class Config:
     QDENSE: int
     VEC: int
     UNROLL: int
+    STAGED: int
+    AHEAD: int
     REP: int
     WARPS: int
     CTAS: int
@@ -131,25 +134,41 @@ def configure(
         vec //= 2
     while n_rows > 1 and n_rows * _accumulators(dv, size, vec) > 64:
         n_rows //= 2
-    # A warp keeps UNROLL pieces a lane in flight: in registers for one row, in shared memory for more.
     registers = n_rows * _accumulators(dv, size, vec)
-    pieces = -(-dv * size // vec // 32)
-    staged = n_rows > 1 and vec >= 4
     if registers <= 8 or (n_rows == 2 and registers <= 16):
         ctas = 5 if cache.dense_dims else 6
     else:
         ctas = 4 if registers <= 32 else 3
+    code, index = cache.width * cache.dtype.itemsize, cache.width * (1 if d <= 256 else 2)
     config = Config(
         D=d, W=cache.width, R=len(cache.dense_dims), DV=dv, PAGE=cache.page_size, ROWS=n_rows,
         CODE=_KINDS[cache.dtype], V=_KINDS[cache.v_dtype], ALL=int(dense), DROP=int(drop and not dense),
-        QDENSE=int(dense_query), VEC=vec, UNROLL=max(2, (8 if staged else 6) // pieces),
-        REP=32 if n_rows == 1 and d <= 128 else 1, WARPS=4, CTAS=ctas,
+        QDENSE=int(dense_query), VEC=vec, UNROLL=max(2, 8 // _pieces(dv, size, vec)), STAGED=int(vec >= 4),
+        AHEAD=int(code % 4 == 0 and index % 4 == 0 and code + index <= 32),
+        REP=8 if n_rows == 1 and d <= 128 else 1, WARPS=4, CTAS=ctas,
     )  # fmt: skip
+    if _shared_bytes(config, cache) > _SHARED:
+        config = replace(config, UNROLL=max(2, config.UNROLL - 2))
+    if _shared_bytes(config, cache) > _SHARED:
+        config = replace(config, AHEAD=0)
     return replace(config, **overrides)
 
 
+def _shared_bytes(config: Config, cache: SparseKVCache) -> int:
+    """Shared memory of sfa_decode, a little rounded up."""
+    own = max(512 * (1 + config.ROWS), config.ROWS * config.DV * 4)
+    staged = config.STAGED * config.UNROLL * _pieces(config.DV, cache.v_dtype.itemsize, config.VEC) * 32 * config.VEC
+    ahead = config.AHEAD * BLOCK * config.W * (cache.dtype.itemsize + (1 if config.D <= 256 else 2))
+    return config.WARPS * (own + staged + ahead + 64) + 4 * config.ROWS * (config.D * config.REP + config.R + 8)
+
+
+def _pieces(dv: int, size: int, vec: int) -> int:
+    """Loads a lane needs for its part of a V row."""
+    return -(-dv * size // vec // 32)
+
+
 def _accumulators(dv: int, size: int, vec: int) -> int:
-    return -(-dv * size // vec // 32) * (vec // size)
+    return _pieces(dv, size, vec) * (vec // size)
 
 
 def _power_above(n: int) -> int:
@@ -279,6 +298,8 @@ class Kernels:
             function = ctypes.c_void_p()
             _driver().call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
             self.functions[name] = function
+        # All of L1 as shared memory: the 100 is per cent, the 9 CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT.
+        _driver().call("cuFuncSetAttribute", self.functions["sfa_decode"], 9, 100)
 
     def _bind(self) -> None:
         """Make torch's context current in this thread: any launch does."""

@@ -14,7 +14,7 @@
 //
 // Set by the launcher: SFA_D, SFA_W (entries a key), SFA_R (always-on features), SFA_DV, SFA_PAGE, SFA_ROWS, SFA_CODE
 // and SFA_V (0 bf16, 1 fp16, 2 fp32; V also 3 int8, 4 e4m3), SFA_ALL (every pair overlaps), SFA_DROP, SFA_QDENSE,
-// SFA_VEC (bytes a lane loads of a V row), SFA_UNROLL, SFA_REP (copies of the table), SFA_WARPS, SFA_CTAS.
+// SFA_VEC (bytes a lane loads of a V row), SFA_UNROLL (such loads in flight), SFA_STAGED, SFA_AHEAD, SFA_REP (copies of the table), SFA_WARPS, SFA_CTAS.
 
 #ifdef SFA_HOST
 #include SFA_HOST
@@ -105,9 +105,12 @@ constexpr int RV = min_of(ROWS, 4), RG = ROWS / RV;
 constexpr int FLAGS = DROP ? ROWS : 1;
 constexpr int EC = 16 / CB;  // entries a 16-byte piece of values
 
-// Many rows leave no registers for V rows in flight: these go through shared memory, a lane reading what it copied.
-constexpr bool STAGED = ROWS > 1 && VEC >= 4;
+// V rows in flight stay in registers, or go through shared memory, a lane reading what it copied itself.
+constexpr bool STAGED = SFA_STAGED;
 constexpr int WORDS = (VEC + 3) / 4;
+// The next block's codes come to shared memory while V rows of this one are read.
+constexpr bool AHEAD = SFA_AHEAD;
+constexpr int AHEAD_BYTES = AHEAD ? BLOCK * W * (CB + IB) : 16;
 
 constexpr int TABLE_FLOATS = D * REP * ROWS;
 constexpr int QUEUE_BYTES = BLOCK * 4 * (1 + ROWS), OWN_BYTES = (max_of(QUEUE_BYTES, ROWS * DV * 4) + 15) / 16 * 16;
@@ -195,18 +198,43 @@ struct alignas(4 * N) Floats {
   float x[N];
 };
 
+template <int N>
+struct alignas(4 * N) Words {
+  u32 x[N];
+};
+
+template <int BYTES, int ALIGN>
+__device__ __forceinline__ void read_shared(const char* p, u32* out) {
+  constexpr int STEP = min_of(BYTES, ALIGN) / 4;
+  static_assert(STEP > 0 || !AHEAD, "codes that come ahead are whole words");
+  if constexpr (STEP > 0) {
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; i += STEP) {
+      Words<STEP> part = *(const Words<STEP>*)(p + i * 4);
+#pragma unroll
+      for (int j = 0; j < STEP; ++j) out[i + j] = part.x[j];
+    }
+  }
+}
+
 // Adds N entries of tokens I0 to I0 + COUNT, from entry e0 on, to their scores.
 template <int N, int I0, int COUNT>
 __device__ __forceinline__ void score_entries(
-    const Params& p, const u32 (&row)[TPL], int e0, const float* table, float (&s)[TPL][ROWS],
+    const Params& p, const u32 (&row)[TPL], const char* ahead, int e0, const float* table, float (&s)[TPL][ROWS],
     u32 (&flag)[TPL][FLAGS]) {
   u32 values[TPL][(N * CB + 3) / 4], indices[TPL][(N * IB + 3) / 4];
 #pragma unroll
   for (int i = I0; i < I0 + COUNT; ++i) {
-    i64 at = (i64)row[i] * W + e0;
-    load_bytes<N * CB, pow2_divisor(W * CB)>((const char*)p.values + at * CB, values[i]);
-    load_bytes<N * IB, min_of(pow2_divisor(W * IB), pow2_divisor(EC * IB))>(
-        (const char*)p.indices + at * IB, indices[i]);
+    constexpr int ALIGN_V = pow2_divisor(W * CB), ALIGN_I = min_of(pow2_divisor(W * IB), pow2_divisor(EC * IB));
+    if constexpr (AHEAD) {
+      int at = (i * 32 + threadIdx.x % 32) * W + e0;
+      read_shared<N * CB, ALIGN_V>(ahead + at * CB, values[i]);
+      read_shared<N * IB, ALIGN_I>(ahead + BLOCK * W * CB + at * IB, indices[i]);
+    } else {
+      i64 at = (i64)row[i] * W + e0;
+      load_bytes<N * CB, ALIGN_V>((const char*)p.values + at * CB, values[i]);
+      load_bytes<N * IB, ALIGN_I>((const char*)p.indices + at * IB, indices[i]);
+    }
   }
 #pragma unroll
   for (int i = I0; i < I0 + COUNT; ++i) {
@@ -234,13 +262,13 @@ __device__ __forceinline__ void score_entries(
 // All four tokens of a lane; many rows leave registers for the codes of two tokens only.
 template <int N>
 __device__ __forceinline__ void score_tokens(
-    const Params& p, const u32 (&row)[TPL], int e0, const float* table, float (&s)[TPL][ROWS],
+    const Params& p, const u32 (&row)[TPL], const char* ahead, int e0, const float* table, float (&s)[TPL][ROWS],
     u32 (&flag)[TPL][FLAGS]) {
   if constexpr (ROWS <= 2) {
-    score_entries<N, 0, TPL>(p, row, e0, table, s, flag);
+    score_entries<N, 0, TPL>(p, row, ahead, e0, table, s, flag);
   } else {
-    score_entries<N, 0, TPL / 2>(p, row, e0, table, s, flag);
-    score_entries<N, TPL / 2, TPL / 2>(p, row, e0, table, s, flag);
+    score_entries<N, 0, TPL / 2>(p, row, ahead, e0, table, s, flag);
+    score_entries<N, TPL / 2, TPL / 2>(p, row, ahead, e0, table, s, flag);
   }
 }
 
@@ -265,6 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
   alignas(16) __shared__ float always[R > 0 ? R * ROWS : 1];
   alignas(16) __shared__ unsigned char own[WARPS][OWN_BYTES];
   alignas(16) __shared__ u32 staged[WARPS][STAGED ? UNROLL : 1][STAGED ? CH : 1][32][STAGED ? WORDS : 1];
+  alignas(16) __shared__ char ahead[WARPS][AHEAD_BYTES];
   __shared__ float merged[WARPS][ROWS][2];
   __shared__ int bounds[2][ROWS];
   __shared__ int bad[ROWS];
@@ -358,38 +387,74 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
   int rows_read = 0;
   const int end = min(range.last, range.first + (split + 1) * range.span);
 
+  const int first = range.first + split * range.span + warp;
+  // The V rows of a lane's tokens, which are the rows of their codes. Lanes beyond the end repeat the last token.
+  auto locate = [&](int block, u32 (&row)[TPL]) {
+    int start = block * BLOCK;
+#pragma unroll
+    for (int i = 0; i < TPL; ++i) {
+      int token = min(start + i * 32 + lane, min(start + BLOCK, length) - 1);
+      int page = PAGE % BLOCK == 0 ? pages[start / PAGE] : pages[token / PAGE];
+      row[i] = ((u32)page * p.hkv + head) * PAGE + token % PAGE;
+    }
+  };
+  auto fetch_codes = [&](const u32 (&row)[TPL]) {
+    constexpr int STEP_V = min_of(16, pow2_divisor(W * CB)), STEP_I = min_of(16, pow2_divisor(W * IB));
+#pragma unroll
+    for (int i = 0; i < TPL; ++i) {
+      char* to = ahead[warp] + (i * 32 + lane) * W * CB;
+      const char* from = (const char*)p.values + (i64)row[i] * W * CB;
+#pragma unroll
+      for (int j = 0; j < W * CB; j += STEP_V) copy_async<STEP_V>(to + j, from + j);
+      to = ahead[warp] + BLOCK * W * CB + (i * 32 + lane) * W * IB;
+      from = (const char*)p.indices + (i64)row[i] * W * IB;
+#pragma unroll
+      for (int j = 0; j < W * IB; j += STEP_I) copy_async<STEP_I>(to + j, from + j);
+    }
+    close_group();
+  };
+  u32 row[TPL];
+  if constexpr (AHEAD) {
+    if (first < end) {
+      locate(first, row);
+      fetch_codes(row);
+    }
+  }
+
 #pragma unroll 1
-  for (int block = range.first + split * range.span + warp; block < end; block += WARPS) {
+  for (int block = first; block < end; block += WARPS) {
     const int start = block * BLOCK, stop = min(start + BLOCK, length);
     u32 whole = 0;
-    bool edge = false, seen = false;
+    bool edge = false;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       int lo = bounds[0][r], hi = bounds[1][r];
       bool all = lo <= start && stop <= hi, none = hi <= start || lo >= stop || hi <= lo;
       whole |= all ? 1u << r : 0u;
       edge |= !all && !none;
-      seen |= !none;
     }
-    if (!seen) continue;
+    const int sum_row = ALL || DROP ? 0 : sum_rows[block];
+    u32 next[TPL];
+    if constexpr (AHEAD) {
+      locate(min(block + WARPS, end - 1), next);
+    } else {
+      locate(block, row);
+    }
 
-    // Scores. Lanes beyond the end repeat the last token and count nothing.
-    u32 row[TPL], visible[TPL], flag[TPL][FLAGS];
+    u32 visible[TPL], flag[TPL][FLAGS];
     float s[TPL][ROWS];
 #pragma unroll
     for (int i = 0; i < TPL; ++i) {
-      int token = min(start + i * 32 + lane, stop - 1);
-      int page = PAGE % BLOCK == 0 ? pages[start / PAGE] : pages[token / PAGE];
-      row[i] = ((u32)page * p.hkv + head) * PAGE + token % PAGE;
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) s[i][r] = 0.0f;
 #pragma unroll
       for (int r = 0; r < FLAGS; ++r) flag[i][r] = 0;
     }
+    if constexpr (AHEAD) wait_groups<0>();
     constexpr int FULL = W / EC, TAIL = W % EC;
 #pragma unroll(FULL <= 2 ? 2 : 1)
-    for (int c = 0; c < FULL; ++c) score_tokens<EC>(p, row, c * EC, my_table, s, flag);
-    if constexpr (TAIL > 0) score_tokens<TAIL>(p, row, FULL * EC, my_table, s, flag);
+    for (int c = 0; c < FULL; ++c) score_tokens<EC>(p, row, ahead[warp], c * EC, my_table, s, flag);
+    if constexpr (TAIL > 0) score_tokens<TAIL>(p, row, ahead[warp], FULL * EC, my_table, s, flag);
     if constexpr (R > 0) {
       constexpr int FULL_R = R / EC * EC, ALIGN_R = pow2_divisor(R * CB);
 #pragma unroll 1
@@ -496,10 +561,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     }
     __syncwarp();
     rows_read += count;
+    if constexpr (AHEAD) {
+#pragma unroll
+      for (int i = 0; i < TPL; ++i) row[i] = next[i];
+      if (block + WARPS < end) fetch_codes(row);
+    }
 
     float sum[ACC];
     if (use_sum && sub == 0) {
-      const float* sums = p.sums + ((i64)sum_rows[block] * p.hkv + head) * DV;
+      const float* sums = p.sums + ((i64)sum_row * p.hkv + head) * DV;
 #pragma unroll
       for (int k = 0; k < CH; ++k) {
         bool in_row = column + k * 32 < CHUNKS;
@@ -554,7 +624,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
           if (j < count) add(j, data);
         }
       }
-      wait_groups<0>();
     } else {
 #pragma unroll 1
       for (int base = 0; base < count; base += RPL * UNROLL) {
