@@ -416,6 +416,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
         ({"head_dim": 2**16}, ValueError, "head_dim"),
         ({"v_head_dim": -3}, ValueError, "v_head_dim"),
         ({"max_tokens": 0}, ValueError, "max_tokens"),
+        ({"max_tokens": 10**15}, ValueError, "max_tokens"),
+        ({"device": "nope"}, ValueError, "device"),
         ({"page_size": 0}, ValueError, "page_size"),
         ({"page_size": True}, TypeError, "page_size"),
         ({"dtype": torch.int32}, TypeError, "dtype"),

@@ -529,6 +529,17 @@ def test_empty_batch_and_no_queries():
         assert sfa_attention_with_kvcache(normal(1, 0, HQ, D), cache, impl=impl).shape == (1, 0, HQ, DV)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_empty_cache_gives_zero_gradients(impl):
+    cache = new_cache()
+    cache.alloc(1)
+    q = normal(1, 2, HQ, D).requires_grad_()
+    out, lse = sfa_attention_with_kvcache(q, cache, return_lse=True, impl=impl)
+    for result in (out, lse):
+        (grad,) = torch.autograd.grad(result.sum(), q, retain_graph=True)
+        assert (grad == 0).all()
+
+
 # The same on a GPU
 
 DEVICE = "cuda"

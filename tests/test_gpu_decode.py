@@ -99,11 +99,15 @@ def exact(cache, q, topk_q, window, scale, drop, dtype):
     for row, seq_id in enumerate(cache._ids):
         keys, v = (x[None].to(dtype) for x in (cache.gather(0, seq_id)[0].to_dense(), cache.gather(0, seq_id)[1]))
         query = q[row, None]
-        members = None
         if topk_q != "dense":
-            members = topk_sparsify(query, topk_q or cache.topk, dense_dims=cache.dense_dims)
-            query = members.to_dense()
+            query = topk_sparsify(query, topk_q or cache.topk, dense_dims=cache.dense_dims).to_dense()
         query = query.to(dtype)
+        if v.shape[1] == 0:
+            nothing = query.new_zeros(*query.shape[1:3], v.shape[-1])
+            outs.append(nothing)
+            lses.append(query.new_full((query.shape[2], query.shape[1]), -torch.inf))
+            plains.append(nothing)
+            continue
         if drop:
             code = topk_sparsify(q[row, None], topk_q or cache.topk).to(dtype)
             key_code = cache.gather(0, seq_id)[0].map(lambda x: x[None]).to(dtype)
