@@ -27,6 +27,7 @@ CACHES = {
     "fp32": (8, {"dtype": FP32, "v_dtype": FP32}),
     "topk16": (1, {"width": 16}),
     "d512": (1, {"head_dim": 512, "v_head_dim": 512}),
+    "fp32_dv512": (6, {"head_dim": 64, "v_head_dim": 512, "dtype": FP32, "v_dtype": FP32}),
 }
 
 
@@ -37,11 +38,21 @@ def shape(**options):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("v_head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("head_dim", [64, 256, 1024])
+def test_shared_memory_is_in_bounds(head_dim, v_head_dim, dtype):
+    for rows in (1, 2, 3, 8, 16):
+        for width in (2, 8, 16, 32):
+            cache = shape(head_dim=head_dim, v_head_dim=v_head_dim, width=width, dtype=dtype, v_dtype=dtype)
+            config = cuda_decode.configure(cache, rows)
+            assert cuda_decode._shared_bytes(config, cache) <= 48 * 1024, (config, width)
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
 @pytest.mark.parametrize("name", CACHES)
 def test_compiles_without_spills(name, arch, tmp_path):
-    if cuda_decode._cuda_core() is None:
-        pytest.skip("cuda-core is not installed: pip install 'flash-sfa[cuda]'")
+    assert cuda_decode._cuda_core() is not None, "cuda-core is part of the test extra"
     tool = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     rows, options = CACHES[name]
     file = tmp_path / "decode.cubin"

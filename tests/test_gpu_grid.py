@@ -83,18 +83,21 @@ def test_non_finite_values_in_long_rows_stay_where_they_are_seen(
         out, lse = sfa_attention(*wrt, **options)
         results.append((out.detach(), lse.detach(), *torch.autograd.grad(out, wrt, grad)))
     (out, lse, *grads), (out_bad, lse_bad, *grads_bad) = results
+    head = slice(1, 2) if which == 0 else slice(2, 4)
+    others = [h for h in range(4) if not head.start <= h < head.stop]
     assert torch.equal(out[0], out_bad[0]) and torch.equal(lse[0], lse_bad[0])
-    assert torch.equal(out[1, :, :2], out_bad[1, :, :2]), "the other group of heads"
+    assert torch.equal(out[1, :, others], out_bad[1, :, others]), "the other heads"
     if causal or which == 0:
-        torch.testing.assert_close(out_bad[1, :300], out[1, :300])
+        torch.testing.assert_close(out_bad[1, :300], out[1, :300], atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(lse_bad[1, :, :300], lse[1, :, :300])
         torch.testing.assert_close(grads_bad[0][1, :300], grads[0][1, :300], atol=2e-2, rtol=2e-2)
-    head = slice(1, 2) if which == 0 else slice(2, 4)
     assert not out_bad[1, 300, head].isfinite().any()
     if which == 0:
         assert torch.equal(out[1, 301:], out_bad[1, 301:])
     for clean, spoiled in zip(grads, grads_bad):
-        assert torch.equal(clean[0], spoiled[0])
+        if impl == "triton":  # cuDNN's backward is not deterministic
+            assert torch.equal(clean[0], spoiled[0])
+        torch.testing.assert_close(spoiled[0], clean[0], atol=2e-2, rtol=2e-2)
         assert spoiled.isfinite().all(), "no gradient flows through what is spoiled"
 
 

@@ -151,6 +151,8 @@ def configure(
         config = replace(config, UNROLL=max(2, config.UNROLL - 2))
     if _shared_bytes(config, cache) > _SHARED:
         config = replace(config, AHEAD=0)
+    while _shared_bytes(config, cache) > _SHARED and config.ROWS > 1:
+        config = replace(config, ROWS=config.ROWS // 2)
     return replace(config, **overrides)
 
 

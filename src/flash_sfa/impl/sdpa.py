@@ -304,13 +304,14 @@ def _fused_backward(
 def _cudnn_backward(tensors: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv from [grad_out, q, k, v, out, lse]."""
     grad_out, q, k, v, out, lse = tensors
-    # Above 2^31 elements of q its dq was wrong in a few hundred places (measured, torch 2.11): go by parts.
+    # With offsets above 2^31 elements in q its dq was wrong in a few hundred places (measured, torch 2.11), also when q was
+    # half of a larger tensor: go by parts, each with memory of its own.
     dim = 1 if k.shape[1] > 1 else 0
     if q.numel() > _CUDNN_ELEMENTS and k.shape[dim] > 1:
         first = k.shape[dim] // 2
         cuts = [x.shape[dim] // k.shape[dim] * first for x in tensors]
         halves = zip(*(x.split([cut, x.shape[dim] - cut], dim) for x, cut in zip(tensors, cuts)))
-        parts = [_cudnn_backward(half, causal, scale) for half in halves]
+        parts = [_cudnn_backward([x.contiguous() for x in half], causal, scale) for half in halves]
         dq, dk, dv = (torch.cat(pieces, dim) for pieces in zip(*parts))
         return dq, dk, dv
     seed = torch.zeros((), dtype=torch.int64, device=q.device)

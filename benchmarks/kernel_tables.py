@@ -1,0 +1,81 @@
+"""Fill the measured tables of docs/kernels.md and docs/decode.md from the rows in benchmarks/results.
+
+python benchmarks/kernel_tables.py
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+Row = dict[str, Any]
+
+
+def load(name: str) -> list[Row]:
+    lines = (ROOT / "benchmarks/results" / name).read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "ms_median" in row]
+
+
+def source(rows: list[Row], name: str) -> str:
+    commits = ", ".join(sorted({row["commit"][:7] for row in rows}))
+    versions = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {commits}"
+    return f"{versions}; rows in `benchmarks/results/{name}`."
+
+
+def attention() -> str:
+    """ms of forward / forward + backward, and how many times as fast as the others auto is."""
+    rows = load("attention_h200.jsonl")
+    out = [
+        "| d | n | dense cuDNN | mask + cuDNN | auto | auto against dense | auto against mask |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for d, n in sorted({(row["head_dim"], row["seqlen_q"]) for row in rows}):
+        ms: dict[str, list[float]] = {}
+        for row in sorted(rows, key=lambda row: len(row["bench"])):  # attention_fwd, then attention_fwdbwd
+            if (row["head_dim"], row["seqlen_q"]) == (d, n):
+                ms.setdefault(row["impl"], []).append(row["ms_median"])
+        impls = ("dense_cudnn", "mask_cudnn", "auto")
+        cells = [" / ".join(f"{value:.2f}" for value in ms[impl]) for impl in impls]
+        for impl in impls[:2]:
+            cells.append(" / ".join(f"{other / ours:.2f}x" for other, ours in zip(ms[impl], ms["auto"])))
+        out.append(f"| {d} | {n} | " + " | ".join(cells) + " |")
+    return "\n".join([*out, "", source(rows, "attention_h200.jsonl")])
+
+
+def decode() -> str:
+    """ms of a step beside the fastest dense one and the byte limit."""
+    rows = load("decode_h200.jsonl")
+    out = [
+        "| case | n | overlap | ms (20 to 80%) | byte limit, ms | fastest dense, ms | against dense | of the limit |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        here = [row for row in rows if row["case"] == case]
+        (ours,) = (row for row in here if row["impl"] == "cuda")
+        limit = next(row["ms_median"] for row in here if row["impl"] == "limit_ours")
+        best = min((row for row in here if row["impl"].startswith("dense")), key=lambda row: row["ms_median"])
+        shape = f"{ours['heads']} / {ours['kv_heads']} heads, d = {ours['head_dim']}"
+        took, dense = ours["ms_median"], best["ms_median"]
+        out.append(
+            f"| {shape} | {ours['seqlen_k']} | {ours['overlap']:.2f} | {took:.4f} ({ours['ms_p20']:.4f} to "
+            f"{ours['ms_p80']:.4f}) | {limit:.4f} | {dense:.4f} ({best['impl'][6:]}) | {dense / took:.2f}x | "
+            f"{limit / took:.0%} |"
+        )
+    return "\n".join([*out, "", source(rows, "decode_h200.jsonl")])
+
+
+def main() -> None:
+    for page, name, table in (("kernels.md", "attention", attention), ("decode.md", "decode", decode)):
+        path = ROOT / "docs" / page
+        block = f"<!-- rows: {name} -->\n\n{table()}\n\n<!-- end -->"
+        text, found = re.subn(
+            rf"<!-- rows: {name} -->.*?<!-- end -->", lambda _, b=block: b, path.read_text(), flags=re.S
+        )
+        if found != 1:
+            raise SystemExit(f"{path} must have one block {name}, has {found}")
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
