@@ -304,8 +304,8 @@ def _fused_backward(
 def _cudnn_backward(tensors: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv from [grad_out, q, k, v, out, lse]."""
     grad_out, q, k, v, out, lse = tensors
-    # With offsets above 2^31 elements in q its dq was wrong in a few hundred places (measured, torch 2.11), also where q
-    # was half of a larger tensor: go by parts, each with memory of its own.
+    # With offsets above 2^31 elements in q its dq was wrong in a few hundred places (measured, torch 2.11), also where
+    # q was half of a larger tensor: go by parts, each with memory of its own.
     dim = 1 if k.shape[1] > 1 else 0
     if q.numel() > _CUDNN_ELEMENTS and k.shape[dim] > 1:
         first = k.shape[dim] // 2
