@@ -58,6 +58,10 @@ CASES = {
     case.name: case
     for case in (
         Case("mha_128"),
+        Case("mha_128_int8", v_dtype=torch.int8),
+        Case("mha_128_fp8", v_dtype=torch.float8_e4m3fn),
+        Case("gqa_4_int8", hkv=8, v_dtype=torch.int8),
+        Case("mha_128_dense16_int8", dense_dims=16, v_dtype=torch.int8),
         Case("mha_256", hq=16, hkv=16, d=256),
         Case("gqa_4", hkv=8),
         Case("mha_128_dense16", dense_dims=16),
@@ -71,7 +75,7 @@ CASES = {
         Case("mha_128_window", window=(4095, 0), dense=False),
     )
 }
-QUICK = ("mha_128", "mha_256", "gqa_4", "gqa_4_16k")
+QUICK = ("mha_128", "mha_128_int8", "mha_256", "gqa_4", "gqa_4_16k")
 
 
 def fill(case: Case) -> SparseKVCache:
@@ -140,7 +144,8 @@ def moved_bytes(case: Case, cache: SparseKVCache, rows_read: int) -> int:
     tokens = sum(min(n, case.window[0] + 1) if case.window[0] >= 0 else n for n in case.lengths) * case.hkv
     code = cache.width * (2 + (1 if case.d <= 256 else 2)) + 2 * case.dense_dims
     sums = 0 if case.dense_dims else tokens // 128 * case.d * 4
-    return tokens * code + rows_read * case.d * cache.v_dtype.itemsize + sums
+    scale = 2 if cache.v_dtype.itemsize == 1 else 0
+    return tokens * code + rows_read * (case.d * cache.v_dtype.itemsize + scale) + sums
 
 
 class Report:

@@ -119,17 +119,22 @@ def test_not_causal_and_ragged_with_empty_and_short_sequences(impl, options):
 @pytest.mark.parametrize("hkv", [1, 2, 8])
 @pytest.mark.parametrize(
     ("dtype", "v_dtype"),
-    [(torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.bfloat16, torch.float32)],
-)
+    [
+        (torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.int8), (torch.float16, torch.float8_e4m3fn), (torch.float32, torch.int8),
+    ],
+)  # fmt: skip
 def test_error_budget_in_low_precision(dtype, v_dtype, hkv, impl):
     cache, k, v = filled(400, hkv=hkv, d=64, dv=64, topk=8, dtype=dtype, v_dtype=v_dtype, page_size=100)
+    if v_dtype is not None and v_dtype.itemsize == 1:
+        v = cache.gather(0, 0)[1][None]
     q = normal(1, 3, 8, 64, seed=7, dtype=dtype)
     out, lse = sfa_attention_with_kvcache(q, cache, return_lse=True, impl=impl)
     rows = [topk_sparsify(x, 8).to_dense() for x in (q, k)]
     exact, exact_lse = sfa_attention(
         *(x.double() for x in (*rows, v)), topk=64, causal=True, return_lse=True, impl="reference"
     )
-    query, key, value = (x.transpose(1, 2) for x in (*rows, v))
+    query, key, value = (x.transpose(1, 2) for x in (*rows, v.to(dtype)))
     mask = torch.ones(3, 400, dtype=torch.bool).tril(397)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         plain = torch.nn.functional.scaled_dot_product_attention(

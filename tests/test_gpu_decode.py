@@ -173,6 +173,21 @@ def test_ragged_lengths(dtype, group, page_size, device):
         assert rows[1].sum() == 0 and (rows[4] < 513).all() and (rows[4] > 200).all()
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("v_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("group", "dv", "dense_dims"), [(1, 64, 0), (4, 128, 0), (1, 48, 5), (8, 256, 0)])
+def test_eight_bit_values(group, dv, dense_dims, v_dtype, dtype, device):
+    """Against the stored values, scale times 8 bits."""
+
+    def small_and_large(k, v):
+        v[0, 3], v[0, 4] = 0.0, v[0, 4] * 30
+
+    cache = filled(
+        [300, 0, 129], dv=dv, dense_dims=dense_dims, dtype=dtype, v_dtype=v_dtype, device=device, change=small_and_large
+    )
+    compare(cache, normal(3, 1, 2 * group, 64, seed=3, dtype=dtype, device=device))
+
+
 @pytest.mark.parametrize("sq", [2, 3, 16])
 @pytest.mark.parametrize("window", [(-1, 0), (40, 0), (200, 0), (-1, -1), (3, 5), (0, 0)])
 @pytest.mark.parametrize("group", [1, 4])

@@ -4,7 +4,8 @@ Layout, per layer (``P`` pages of ``page_size`` tokens, head-major inside a page
 contiguous):
 
     values  (P, hkv, page_size, w)   indices (P, hkv, page_size, w)   dense (P, hkv, page_size, r)
-    v       (P, hkv, page_size, dv)  sums (blocks, hkv, dv), fp32
+    v       (P, hkv, page_size, dv)  v_scale (P, hkv, page_size, 1 for 8-bit V, else 0)
+    sums    (blocks, hkv, dv), fp32
 
 Token t of a sequence lies in page ``table[t // page_size]`` at slot ``t % page_size``. ``sums`` holds the sum of
 the stored V rows of every logical block of 128 tokens of a sequence, whatever the page size. Rows beyond a
@@ -33,7 +34,9 @@ from .codes import SparseCode, autocast_dtype, topk_sparsify
 from .ops import index_dtype
 
 BLOCK = 128
-_POOLS = ("values", "indices", "dense", "v")
+# 8-bit types of V and their largest magnitude.
+_EIGHT_BITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_POOLS = ("values", "indices", "dense", "v", "v_scale")
 # Tables and lengths are kept on the host, whatever torch's default device is.
 _HOST: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
 _INT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -54,6 +57,7 @@ class _Layer:
     indices: Tensor
     dense: Tensor
     v: Tensor
+    v_scale: Tensor
     sums: Tensor
     refs: list[int]
     free_pages: list[int]
@@ -78,7 +82,8 @@ class SparseKVCache:
             filled page counts whole.
         page_size: tokens a page; any size of at least 1.
         dtype: of the codes, and of the k, v and q that are given: float16, bfloat16, float32 (float64 for tests).
-        v_dtype: how V is stored; None means dtype. Values that do not fit overflow to inf.
+        v_dtype: how V is stored; None means dtype. int8 and float8_e4m3fn store a 16-bit scale a token and kv head, the
+            largest magnitude of the row over 127 or 448; other values that do not fit overflow to inf.
         device: None means torch's default device.
 
     ``seq_ids`` and ``lengths`` are lists of ints or integer tensors on any device; seq_ids=None means all live
@@ -91,7 +96,7 @@ class SparseKVCache:
 
     Raises:
         TypeError, ValueError: an argument is wrong or the cache is full; nothing was written.
-        NotImplementedError: a v_dtype of 8 bits.
+        NotImplementedError: a v_dtype of 8 bits other than int8 and float8_e4m3fn.
 
     Source: paged tables and sharing follow common practice; codes are those of arXiv 2603.22300; running sums ours.
 
@@ -150,11 +155,13 @@ class SparseKVCache:
         page = (self.num_pages, self.num_kv_heads, self.page_size)
         blocks = _ceil(self.max_tokens, BLOCK)
         sum_dtype = torch.float64 if self.v_dtype == torch.float64 else torch.float32
+        eight = self.v_dtype in _EIGHT_BITS
         return _Layer(
             values=torch.empty(*page, self.width, dtype=self.dtype, device=device),
             indices=torch.empty(*page, self.width, dtype=index_dtype(self.head_dim), device=device),
             dense=torch.empty(*page, len(self.dense_dims), dtype=self.dtype, device=device),
-            v=torch.empty(*page, self.v_head_dim, dtype=self.v_dtype, device=device),
+            v=torch.empty(*page, self.v_head_dim, dtype=torch.uint8 if eight else self.v_dtype, device=device),
+            v_scale=torch.empty(*page, int(eight), dtype=_scale_dtype(self.dtype), device=device),
             sums=torch.empty(blocks, self.num_kv_heads, self.v_head_dim, dtype=sum_dtype, device=device),
             refs=[0] * self.num_pages,
             free_pages=list(range(self.num_pages - 1, -1, -1)),
@@ -254,7 +261,8 @@ class SparseKVCache:
         sequence.pages, sequence.sums, sequence.length = sequence.pages[:pages], sequence.sums[:blocks], length
         if length % BLOCK:
             start = length // BLOCK * BLOCK
-            rows = self._rows(layer.v, sequence, start, length)
+            v, v_scale = (self._rows(x, sequence, start, length) for x in (layer.v, layer.v_scale))
+            rows = self._loaded(v, v_scale)
             layer.sums[sequence.sums[-1]] = rows.sum(1, dtype=torch.float64).to(layer.sums.dtype)
 
     # Tokens
@@ -298,7 +306,7 @@ class SparseKVCache:
             keep = _selector((row * n + offset).to(self.device))
             rows, v = (rows.map(keep) if isinstance(rows, SparseCode) else keep(rows)), keep(v)
         code = rows if isinstance(rows, SparseCode) else topk_sparsify(rows, self.topk, dense_dims=self.dense_dims)
-        v = v.to(self.v_dtype)
+        v, v_scale = self._stored(v)
 
         self._extend(pool, sequences, counts, copied)
         page_of = _lookup([s.pages for s in sequences], self.page_size, start, row, position)
@@ -307,13 +315,30 @@ class SparseKVCache:
             torch.arange(self.num_kv_heads, device=self.device),
             (position % self.page_size).to(self.device)[:, None],
         )
-        for name, new in zip(_POOLS, (code.values, code.indices, code.dense, v)):
+        for name, new in zip(_POOLS, (code.values, code.indices, code.dense, v, v_scale)):
             getattr(pool, name).index_put_(where, new)
         sum_of = _lookup([s.sums for s in sequences], BLOCK, start, row, position)
-        _add_to_sums(pool.sums, v, *torch.unique_consecutive(sum_of, return_counts=True))
+        _add_to_sums(pool.sums, self._loaded(v, v_scale), *torch.unique_consecutive(sum_of, return_counts=True))
         for sequence, added in zip(sequences, counts):
             sequence.length += added
         pool.version += 1
+
+    def _stored(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """v (..., dv) as it is kept: bytes and a scale a row for 8 bits, else v_dtype and an empty scale."""
+        if self.v_dtype not in _EIGHT_BITS:
+            return v.to(self.v_dtype), v.new_empty(*v.shape[:-1], 0, dtype=_scale_dtype(self.dtype))
+        largest = _EIGHT_BITS[self.v_dtype]
+        scale = (v.abs().amax(-1, keepdim=True).float() / largest).to(_scale_dtype(self.dtype))
+        # A row of zeros has scale 0; a row that is not finite has a scale that is not, so it stays visible.
+        units = (v.float() / scale.float()).nan_to_num(0.0, 0.0, 0.0).clamp(-largest, largest)
+        units = units.round() if self.v_dtype == torch.int8 else units
+        return units.to(self.v_dtype).view(torch.uint8), scale
+
+    def _loaded(self, v: Tensor, v_scale: Tensor) -> Tensor:
+        """What `_stored` keeps, as numbers: fp32 for 8 bits, else v_dtype."""
+        if self.v_dtype not in _EIGHT_BITS:
+            return v
+        return v.contiguous().view(self.v_dtype).float() * v_scale.float()
 
     def _check_rows(self, k: Any, v: Any, batch: int) -> tuple[Tensor | SparseCode, Tensor]:
         check_tensor(v, "v")
@@ -385,14 +410,17 @@ class SparseKVCache:
             pool.sums[_index(fresh, self.device)] = 0
 
     def gather(self, layer: int, seq_id: int) -> tuple[SparseCode, Tensor]:
-        """All tokens of one sequence: its key code (n, hkv, ...) and v (n, hkv, dv) in v_dtype, as copies."""
+        """All tokens of one sequence: its key code (n, hkv, ...) and v (n, hkv, dv), as copies.
+
+        v is in v_dtype; for 8 bits fp32, multiplied by its scale.
+        """
         pool = self._layers[self._check_layer(layer)]
         (seq_id,) = self._check_ids([seq_id], "seq_id")
         sequence = pool.sequences[seq_id]
-        values, indices, dense, v = (
+        values, indices, dense, v, v_scale = (
             self._rows(getattr(pool, name), sequence, 0, sequence.length).transpose(0, 1) for name in _POOLS
         )
-        return SparseCode._make(values, indices, dense, self.head_dim, self.dense_dims), v
+        return SparseCode._make(values, indices, dense, self.head_dim, self.dense_dims), self._loaded(v, v_scale)
 
     def block_sums(self, layer: int, seq_id: int) -> Tensor:
         """The running sums of V of one sequence: (ceil(n / 128), hkv, dv), fp32 (float64 for float64), a copy."""
@@ -618,11 +646,18 @@ def _check_device(device: Any) -> None:
 def _float_dtype(dtype: Any, name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name} must be a torch.dtype, got {dtype!r} of type {type(dtype).__name__}")
-    if name == "v_dtype" and dtype.itemsize == 1:
-        raise NotImplementedError(f"v_dtype={dtype}: 8-bit values are not built yet; use a 16- or 32-bit float dtype")
+    if name == "v_dtype" and dtype in _EIGHT_BITS:
+        return dtype
+    if name == "v_dtype" and dtype.itemsize == 1 and dtype != torch.bool:
+        raise NotImplementedError(f"v_dtype={dtype} is not built; 8-bit values are int8 or float8_e4m3fn")
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
     return dtype
+
+
+def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type of the scales of 8-bit values."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
 def _short(ids: Iterable[int]) -> str:

@@ -97,7 +97,8 @@ def attend(
     for head in range(hkv):
         tokens = read[head].flatten().nonzero()[:, 0]
         position = tokens + start
-        rows = pool.v[pages[position // cache.page_size], head, position % cache.page_size]
+        at = pages[position // cache.page_size], head, position % cache.page_size
+        rows = cache._loaded(pool.v[at], pool.v_scale[at])
         by_head.append(_mix(coefficients[head][:, tokens], counted[head][:, tokens], rows.to(acc)))
     out = ((out + torch.stack(by_head)) / safe_total[..., None]).masked_fill(spoiled[..., None], torch.nan)
     empty = total == 0.0

@@ -223,7 +223,8 @@ def attend(
     pool = cache._layers[layer]
     tensors = {
         "q_values": parts[0], "q_indices": parts[1], "q_dense": parts[2], "values": pool.values,
-        "indices": pool.indices, "dense": pool.dense, "v": pool.v, "sums": pool.sums,
+        "indices": pool.indices, "dense": pool.dense, "v": pool.v, "v_scale": pool.v_scale,
+        "sums": pool.sums,
         "lengths": lengths, "pages": pages, "sum_rows": sums, "part_o": part_o, "part_ml": part_ml,
         "out": out, "lse": lse, "rows_read": rows_read if stats else None,
     }  # fmt: skip
