@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from flash_sfa.bench import attention
+from flash_sfa.bench import attention, decode
 from flash_sfa.cli import main
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
-def test_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "attention"]) == 2
+@pytest.mark.parametrize("kind", ["attention", "decode"])
+def test_needs_a_gpu(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", kind]) == 2
     message = capsys.readouterr().err
     assert "CUDA device" in message and message.count("\n") == 1
 
@@ -33,5 +34,7 @@ def test_plot(tmp_path: Path) -> None:
         for impl, factor, topk in (("dense_cudnn", 1.0, 0), ("dense_fa2", 2.0, 0), ("auto", 0.9, 8))
     ]
     rows.append({"bench": "attention_fwd", "impl": "triton", "head_dim": 64, "seqlen_q": 4096, "error": "no"})
+    decode.plot({"mha_128": 3.1, "gqa_4": 0.9}, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").read_bytes()[:4] == b"\x89PNG"
     attention.plot(rows, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").read_bytes()[:4] == b"\x89PNG"

@@ -20,6 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention.add_argument("--repeats", type=int, default=10)
     attention.add_argument("--tokens", type=int, default=65536, help="tokens of a batch, at least one sequence")
     attention.add_argument("--commit", default=os.environ.get("FLASH_SFA_COMMIT", "unknown"), help="noted in the rows")
+    summary = "a decoding step over the sparse cache, against dense attention over a dense one"
+    decode = kinds.add_parser("decode", help=summary, description=summary)
+    decode.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for decode.jsonl and .png")
+    decode.add_argument("--cases", nargs="+", help="names of cases; all without it")
+    decode.add_argument("--quick", action="store_true", help="a few cases")
+    decode.add_argument("--sweep", action="store_true", help="also time the kernel's settings")
+    decode.add_argument("--repeats", type=int, default=20)
+    decode.add_argument("--commit", default=os.environ.get("FLASH_SFA_COMMIT", "unknown"), help="noted in the rows")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,6 +35,6 @@ def run(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise UsageError("bench needs a CUDA device, and PyTorch finds none here (see: flash-sfa env)")
-    from . import attention
+    from . import attention, decode
 
-    return attention.run(args)
+    return {"attention": attention, "decode": decode}[args.kind].run(args)

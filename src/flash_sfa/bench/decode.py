@@ -1,7 +1,5 @@
 """One decoding step over the sparse cache on a CUDA device, against dense attention over a dense cache.
 
-    python benchmarks/bench_decode.py --commit COMMIT --out benchmarks/results/decode.jsonl [--quick] [--sweep]
-
 Fresh random data. A step is the whole call, top-k of q included, replayed from a CUDA graph with a cold L2. Every case
 is checked against float64 before it is timed; one wrong result stops the run. ``limit_*`` rows are no measurements:
 bytes over the copy bandwidth of this run.
@@ -9,9 +7,9 @@ bytes over the copy bandwidth of this run.
 
 import argparse
 import datetime
+import functools
 import json
 import random
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flash_sfa import SparseKVCache, sfa_attention_with_kvcache, topk_sparsify
-from flash_sfa.bench.timing import time_ms
-from flash_sfa.impl import cuda_decode
+from .. import SparseKVCache, sfa_attention_with_kvcache, topk_sparsify
+from ..cli import UsageError
+from ..impl import cuda_decode
+from .timing import time_ms
 
 BF16 = torch.bfloat16
 
@@ -109,12 +108,14 @@ def check(case: Case, cache: SparseKVCache, q: Tensor) -> float:
             first = torch.arange(n - case.sq, n, device="cuda")[:, None] - case.window[0]
             visible &= torch.arange(n, device="cuda") >= first
         for head in {0, case.hkv - 1}:
-            key = keys.map(lambda x, head=head: x[:, head]).to_dense()
+            key = keys.to_dense()[:, head]
             query, value = code[row, :, head * group], v[:, head].to(BF16)
             scores = (query.double() @ key.double().T * case.d**-0.5).masked_fill(~visible, -torch.inf)
             exact = scores.softmax(-1) @ v[:, head].double()
             with sdpa_kernel(SDPBackend.MATH):
-                plain = F.scaled_dot_product_attention(*(x[None, None] for x in (query, key, value)), attn_mask=visible)
+                plain = F.scaled_dot_product_attention(
+                    query[None, None], key[None, None], value[None, None], attn_mask=visible
+                )
             error = (out[row, :, head * group].double() - exact).abs().max()
             budget = 2 * (plain[0, 0].double() - exact).abs().max() + torch.finfo(BF16).eps * exact.abs().max()
             wanted = scores.logsumexp(-1)
@@ -148,10 +149,16 @@ def moved_bytes(case: Case, cache: SparseKVCache, rows_read: int) -> int:
     return tokens * code + rows_read * (case.d * cache.v_dtype.itemsize + scale) + sums
 
 
+def dense_step(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+
 class Report:
     def __init__(self, args: argparse.Namespace) -> None:
-        self.out, self.commit, self.repeats = args.out, args.commit, args.repeats
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out, self.commit, self.repeats = args.out / "decode.jsonl", args.commit, args.repeats
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.out.unlink(missing_ok=True)
         self.copy = self.copy_bandwidth()
         print(f"copy: {self.copy / 1e12:.3f} TB/s", flush=True)
 
@@ -188,8 +195,8 @@ class Report:
         q = torch.randn(len(case.lengths), case.sq, case.hq, case.d, device="cuda", dtype=BF16)
         worst = check(case, cache, q)
         if not worst <= 1.0:
-            raise SystemExit(f"WRONG {case.name}: error {worst:.2f} times its budget; nothing more is timed")
-        options = {"window_size": case.window, "tolerance": case.tolerance, "impl": "cuda"}
+            raise UsageError(f"wrong result: {case.name} is off by {worst:.2f} times its budget; nothing more is timed")
+        options: dict[str, Any] = {"window_size": case.window, "tolerance": case.tolerance, "impl": "cuda"}
         _, stats = sfa_attention_with_kvcache(q, cache, return_stats=True, **options)
         rows_read = int(stats["rows_read"].sum())
         nbytes = moved_bytes(case, cache, rows_read)
@@ -215,7 +222,9 @@ class Report:
         q = torch.randn(b, case.hq, case.sq, case.d, device="cuda", dtype=BF16)
         k, v = (torch.randn(b, case.hkv, n, case.d, device="cuda", dtype=BF16) for _ in range(2))
         nbytes = k.nbytes + v.nbytes
-        mask = {} if case.sq == 1 else {"attn_mask": torch.ones(case.sq, n, device="cuda").tril(n - case.sq).bool()}
+        mask: dict[str, Any] = (
+            {} if case.sq == 1 else {"attn_mask": torch.ones(case.sq, n, device="cuda").tril(n - case.sq).bool()}
+        )
         group = case.hq // case.hkv
         variants: dict[str, Callable[[], Tensor]] = {}
         for name, backend in (
@@ -226,20 +235,14 @@ class Report:
             # Flash takes no mask: for several queries it skips the causal edge, which costs it nothing.
             options = mask if backend != SDPBackend.FLASH_ATTENTION else {}
 
-            def call(query: Tensor = q, backend: SDPBackend = backend, options: dict[str, Any] = options) -> Tensor:
-                with sdpa_kernel(backend):
-                    return F.scaled_dot_product_attention(
-                        query, k, v, enable_gqa=query.shape[1] != k.shape[1], **options
-                    )
-
-            variants[name] = call
+            variants[name] = functools.partial(dense_step, backend, q, k, v, options)
             if group > 1 and case.sq == 1:  # the heads of a group as query rows, so that they share one read
                 rows = q.view(b, case.hkv, group, case.d)
-                variants[f"{name}_grouped"] = lambda call=call, rows=rows: call(rows)
+                variants[f"{name}_grouped"] = functools.partial(dense_step, backend, rows, k, v, options)
         best = float("inf")
-        for name, call in variants.items():
+        for name, step in variants.items():
             try:
-                times = time_ms(graphed(call), repeats=self.repeats)
+                times = time_ms(graphed(step), repeats=self.repeats)
             except Exception as error:
                 torch.cuda.synchronize()
                 print(f"{case.name:17} {name:22} does not run: {str(error).splitlines()[0][:90]}", flush=True)
@@ -278,28 +281,28 @@ class Report:
             print(f"{case.name:12} sweep {setting!s:36} {times['ms_median']:.4f} ms", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES))
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
-    parser.add_argument("--sweep", action="store_true", help="also time the kernel's settings")
-    parser.add_argument("--repeats", type=int, default=20)
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> int:
+    """Time every case, write decode.jsonl and decode.png, print a table; 1 if a case failed."""
+    if (reason := cuda_decode.missing(torch.cuda.current_device())) is not None:
+        raise UsageError(f"the decode kernel is not available: {reason}")
+    if unknown := set(args.cases or ()) - set(CASES):
+        raise UsageError(f"--cases: unknown {sorted(unknown)}; known: {', '.join(CASES)}")
     torch.manual_seed(0)
     started, failed = time.time(), 0
+    speeds: dict[str, float] = {}
     with torch.no_grad():
         report = Report(args)
         for name in args.cases or (QUICK if args.quick else CASES):
             try:
                 ours = report.ours(CASES[name])
-                best = report.dense(CASES[name]) if CASES[name].dense else None
-                if best is not None:
+                if CASES[name].dense:
+                    speeds[name] = report.dense(CASES[name]) / ours
                     print(
-                        f"{name:17} {best / ours:.2f}x the fastest dense  [{time.time() - started:.0f} s]", flush=True
+                        f"{name:17} {speeds[name]:.2f}x the fastest dense  [{time.time() - started:.0f} s]", flush=True
                     )
-            except Exception:
+            except UsageError:
+                raise
+            except Exception:  # one case that does not run must not end the others
                 failed += 1
                 traceback.print_exc()
             torch.cuda.empty_cache()
@@ -307,9 +310,25 @@ def main() -> int:
             for name in ("mha_128", "gqa_4"):
                 report.sweep(CASES[name])
                 torch.cuda.empty_cache()
-    print(f"{time.time() - started:.0f} s, {failed} failures")
+    plot(speeds, args.out / "decode.png")
+    print(f"rows: {report.out}; {time.time() - started:.0f} s, {failed} failures")
     return 1 if failed else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def plot(speeds: dict[str, float], path: Path) -> None:
+    """A bar a case: times as fast as the fastest dense step; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'flash-sfa[demo]')")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axis = plt.subplots(figsize=(6, 0.8 + 0.35 * len(speeds)))
+    axis.barh(list(speeds)[::-1], list(speeds.values())[::-1])
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.set_xlabel("decode speed, 1 = fastest dense on the same GPU")
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
