@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from flash_sfa.impl import cuda_decode
 
@@ -53,7 +54,7 @@ def test_shared_memory_is_in_bounds(head_dim, v_head_dim, dtype):
 @pytest.mark.parametrize("name", CACHES)
 def test_compiles_without_spills(name, arch, tmp_path):
     assert cuda_decode._cuda_core() is not None, "cuda-core is part of the test extra"
-    tool = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     rows, options = CACHES[name]
     file = tmp_path / "decode.cubin"
     file.write_bytes(cuda_decode.compile_kernels(cuda_decode.configure(shape(**options), rows), arch))

@@ -508,7 +508,6 @@ def test_mfu_counts_the_stated_products(data_root: Path, tmp_path: Path) -> None
 
 
 def test_tensorboard_has_the_curve(data_root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     pretrain(build_recipe(tiny(data_root)), tmp_path, quiet=True)
