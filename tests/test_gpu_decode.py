@@ -275,9 +275,10 @@ def test_results_do_not_depend_on_the_batch_or_on_the_pages(device):
 @pytest.mark.parametrize("what", ["k", "v", "q"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("group", [1, 4])
-def test_non_finite_values_stay_where_they_are_seen(what, value, group, device):
+@pytest.mark.parametrize("v_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_non_finite_values_stay_where_they_are_seen(what, value, group, v_dtype, device):
     q = normal(2, 6, 2 * group, 64, seed=3, device=device)
-    clean = compare(filled([200, 200], device=device), q)[0]
+    clean = compare(filled([200, 200], v_dtype=v_dtype, device=device), q)[0]
     if what == "q":
         q[0, 4, 0, 3] = value
 
@@ -285,7 +286,7 @@ def test_non_finite_values_stay_where_they_are_seen(what, value, group, device):
         if what != "q":
             (k if what == "k" else v)[0, 197, 0, 3] = value
 
-    out = attend(filled([200, 200], device=device, change=change), q)[0]
+    out = attend(filled([200, 200], v_dtype=v_dtype, device=device, change=change), q)[0]
     if what == "q":
         assert out[0, 4, 0].isnan().all()
         out[0, 4, 0] = clean[0, 4, 0]

@@ -145,6 +145,24 @@ def check_non_finite(window: tuple[int, int], which: int) -> None:
         assert x.isfinite().all()
 
 
+def check_dead_rows() -> None:
+    """A gradient that is not finite, of a row that sees nothing, goes nowhere."""
+    from flash_sfa.impl import triton_backward, triton_forward
+
+    triton_forward.shared_memory = triton_backward.shared_memory = lambda device: 0  # type: ignore[assignment]
+    torch.manual_seed(0)
+    q, k, v = rand(1, 40, 2, 16), rand(1, 30, 2, 16), rand(1, 30, 2, 16)
+    grad = rand(1, 40, 2, 16)
+    call = triton_forward.Options(-1, 0, 0.3)
+    bad = triton_forward.scan(q.device, [q], [k], 2)
+    out, lse = triton_forward.forward(q, k, v, bad, call)
+    clean = triton_backward.backward(grad, None, q, k, v, out, lse, bad, call)
+    grad[0, 2] = torch.nan
+    assert (lse[0, :, 2] == -torch.inf).all()
+    for ours, wanted in zip(triton_backward.backward(grad, None, q, k, v, out, lse, bad, call), clean):
+        assert torch.equal(ours, wanted)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "causal": lambda: check(),
     "full": lambda: check((37, 50), window=(-1, -1)),
@@ -169,6 +187,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fp16": lambda: check((70, 70), dims=(64, 32), dtype=torch.float16),
     "dropout": lambda: check((30, 40), dims=(16, 8), dropout_p=0.3),
     "dropout_window": lambda: check((30, 40), heads=(2, 2), dims=(16, 8), dropout_p=0.5, window=(20, 4)),
+    "dead_rows": check_dead_rows,
     "non_finite_q": lambda: check_non_finite((-1, 0), 0),
     "non_finite_k": lambda: check_non_finite((-1, 0), 1),
     "non_finite_v": lambda: check_non_finite((-1, 0), 2),

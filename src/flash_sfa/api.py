@@ -156,6 +156,7 @@ def sfa_attention(
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what came and what is allowed.
         NotImplementedError: an explicit impl cannot do the call, or is not built.
+        RuntimeError: a second derivative is asked for (except with impl="reference").
 
     Source: arXiv 2603.22300; dense_dims, nonoverlap and the tie rule are ours.
 
@@ -235,8 +236,11 @@ def sfa_attention_varlen(
         q: (total_q, hq, d) tensor or SparseCode; k: (total_k, hkv, d); v: (total_k, hkv, dv).
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), from 0 to the total, not decreasing, on q's device.
             The values are checked on CPU tensors, on CUDA only with FLASH_SFA_CHECK=1 in the environment.
-        max_seqlen_q, max_seqlen_k: longest sequence; required on CUDA under torch.compile or graph capture.
-        The other arguments are those of `sfa_attention`; there is no attn_mask.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; required on CUDA under torch.compile or graph
+            capture, faster on CUDA if given. Checked like cu_seqlens: on CUDA rows beyond a max_seqlen that is too
+            small are not computed.
+        The other arguments are those of `sfa_attention`; there is no attn_mask. impl="sdpa" reads cu_seqlens on the
+            host (on CUDA that waits for the GPU); "triton" does not.
 
     Returns:
         out (total_q, hq, dv); with return_lse also lse (hq, total_q).
@@ -315,7 +319,8 @@ def select_impl(
         q, k, v, topk, dense_dims, causal, softmax_scale, window_size, nonoverlap, dropout_p, deterministic,
         tolerance, score_dtype, return_lse, impl, attn_mask,
     )  # fmt: skip
-    return {"forward": call.impl, "backward": call.impl, "reason": call.reason}
+    backward = "triton" if call.impl == "sdpa" and v.is_cuda and call.return_lse else call.impl
+    return {"forward": call.impl, "backward": backward, "reason": call.reason}
 
 
 def _add_batch(x: Tensor) -> Tensor:
@@ -572,7 +577,8 @@ def _check_max_seqlen(max_seqlen: Any, name: str, cu_seqlens: Tensor) -> None:
         raise TypeError(f"{name} must be an int, got {max_seqlen!r}")
     if max_seqlen < 0:
         raise ValueError(f"{name} must not be negative, got {max_seqlen}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and cu_seqlens.shape[0] > 1:
+    checked = cu_seqlens.device.type == "cpu" or os.environ.get("FLASH_SFA_CHECK") == "1"
+    if checked and not torch.compiler.is_compiling() and cu_seqlens.shape[0] > 1:
         longest = int(cu_seqlens.diff().max())
         if max_seqlen < longest:
             raise ValueError(f"{name} must be at least the longest sequence, {longest}, got {max_seqlen}")

@@ -82,7 +82,7 @@ class SparseKVCache:
             filled page counts whole.
         page_size: tokens a page; any size of at least 1.
         dtype: of the codes, and of the k, v and q that are given: float16, bfloat16, float32 (float64 for tests).
-        v_dtype: how V is stored; None means dtype. int8 and float8_e4m3fn store a 16-bit scale a token and kv head, the
+        v_dtype: how V is stored; None means dtype. int8 and float8_e4m3fn store a bf16 scale a token and kv head, the
             largest magnitude of the row over 127 or 448; other values that do not fit overflow to inf.
         device: None means torch's default device.
 
@@ -161,7 +161,7 @@ class SparseKVCache:
             indices=torch.empty(*page, self.width, dtype=index_dtype(self.head_dim), device=device),
             dense=torch.empty(*page, len(self.dense_dims), dtype=self.dtype, device=device),
             v=torch.empty(*page, self.v_head_dim, dtype=torch.uint8 if eight else self.v_dtype, device=device),
-            v_scale=torch.empty(*page, int(eight), dtype=_scale_dtype(self.dtype), device=device),
+            v_scale=torch.empty(*page, int(eight), dtype=torch.bfloat16, device=device),
             sums=torch.empty(blocks, self.num_kv_heads, self.v_head_dim, dtype=sum_dtype, device=device),
             refs=[0] * self.num_pages,
             free_pages=list(range(self.num_pages - 1, -1, -1)),
@@ -326,9 +326,10 @@ class SparseKVCache:
     def _stored(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """v (..., dv) as it is kept: bytes and a scale a row for 8 bits, else v_dtype and an empty scale."""
         if self.v_dtype not in _EIGHT_BITS:
-            return v.to(self.v_dtype), v.new_empty(*v.shape[:-1], 0, dtype=_scale_dtype(self.dtype))
+            return v.to(self.v_dtype), v.new_empty(*v.shape[:-1], 0, dtype=torch.bfloat16)
         largest = _EIGHT_BITS[self.v_dtype]
-        scale = (v.abs().amax(-1, keepdim=True).float() / largest).to(_scale_dtype(self.dtype))
+        # bf16 for its range; that it is rounded costs nothing, as units are counted in the rounded scale.
+        scale = (v.abs().amax(-1, keepdim=True).float() / largest).to(torch.bfloat16)
         # A row of zeros has scale 0; a row that is not finite has a scale that is not, so it stays visible.
         units = (v.float() / scale.float()).nan_to_num(0.0, 0.0, 0.0).clamp(-largest, largest)
         units = units.round() if self.v_dtype == torch.int8 else units
@@ -653,11 +654,6 @@ def _float_dtype(dtype: Any, name: str) -> torch.dtype:
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
     return dtype
-
-
-def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit type of the scales of 8-bit values."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
 def _short(ids: Iterable[int]) -> str:

@@ -37,11 +37,9 @@ def attention(
     if impl == "triton":
         from .impl import triton_forward
 
-        members_q, members_k = (_members(*side, dim) if drop else None for side in sides)
-        options = triton_forward.Options(
-            left, right, softmax_scale, attn_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            members_q, members_k, dropout_p, seed,
-        )  # fmt: skip
+        options = _options(
+            sides, dim, drop, left, right, softmax_scale, attn_mask, packed, max_seqlen_q, max_seqlen_k, dropout_p, seed
+        )
         return *triton_forward.forward(rows_q, rows_k, v, bad, options), bad
     return *sdpa.forward(rows_q, rows_k, v, bad, attn_mask, packed, (left, right), softmax_scale), bad
 
@@ -73,13 +71,11 @@ def attention_backward(
     packed = cu_seqlens_q, cu_seqlens_k
     used_grad_lse = grad_lse if return_lse else None
     if impl == "triton":
-        from .impl import triton_backward, triton_forward
+        from .impl import triton_backward
 
-        members_q, members_k = (_members(*side, dim) if drop else None for side in sides)
-        options = triton_forward.Options(
-            left, right, softmax_scale, attn_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            members_q, members_k, dropout_p, seed,
-        )  # fmt: skip
+        options = _options(
+            sides, dim, drop, left, right, softmax_scale, attn_mask, packed, max_seqlen_q, max_seqlen_k, dropout_p, seed
+        )
         dq, dk, dv = triton_backward.backward(grad_out, used_grad_lse, rows_q, rows_k, v, out, lse, bad, options)
     else:
         dq, dk, dv = sdpa.backward(
@@ -145,6 +141,21 @@ def _rows(
     if indices is None or dense is None:
         return values
     return ops.expand(values, indices, dense, dim, dims, "auto")
+
+
+def _options(
+    sides: Sequence[tuple[Any, Any, Any, Any, Any]], dim: int, drop: bool, left: int, right: int,
+    softmax_scale: float, attn_mask: Tensor | None, packed: tuple[Tensor | None, Tensor | None], max_seqlen_q: int, max_seqlen_k: int, dropout_p: float,
+    seed: Tensor | None,
+) -> Any:  # fmt: skip
+    """`triton_forward.Options` of a call."""
+    from .impl import triton_forward
+
+    members = [_members(*side, dim) if drop else None for side in sides]
+    return triton_forward.Options(
+        left, right, softmax_scale, attn_mask, packed[0], packed[1], max_seqlen_q, max_seqlen_k,
+        members[0], members[1], dropout_p, seed,
+    )  # fmt: skip
 
 
 def _members(

@@ -80,8 +80,8 @@ def unsupported(cache: SparseKVCache, sq: int, *, grad: bool) -> str | None:
         return f"it needs a cache on a CUDA device, this one is on {cache.device}"
     if (reason := missing(cache.device.index)) is not None:
         return reason
-    if cache.dtype == torch.float64:
-        return "float64 is not supported, only bfloat16, float16 and float32"
+    if torch.float64 in (cache.dtype, cache.v_dtype):
+        return "float64 is not supported"
     if sq > MAX_QUERIES:
         return f"at most {MAX_QUERIES} query tokens a call are supported, got {sq}"
     if cache.head_dim > MAX_HEAD_DIM or cache.v_head_dim > MAX_V_HEAD_DIM:

@@ -551,11 +551,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
         int at = count + __popc(mask & ((1u << lane) - 1));
         float scale = 1.0f;
         if constexpr (SFA_V >= 3) {
-          scale = SFA_CODE == 0 ? as_float((u32)p.v_scale[row[i]] << 16) : from_half(p.v_scale[row[i]]);
+          scale = as_float((u32)p.v_scale[row[i]] << 16);  // bf16
         }
         queue_row[at] = row[i];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) queue_weight[at * ROWS + r] = s[i][r] * scale;
+        for (int r = 0; r < ROWS; ++r) {
+          // The scale of a row that is not finite is not either, and must not reach who does not see it.
+          queue_weight[at * ROWS + r] = s[i][r] == 0.0f ? 0.0f : s[i][r] * scale;
+        }
       }
       count += __popc(mask);
     }

@@ -93,6 +93,8 @@ def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sequences(cu_q: Tensor, cu_k: Tensor) -> list[tuple[slice, slice]]:
+    if cu_q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError("impl='sdpa' reads cu_seqlens on the host, which a CUDA graph cannot capture")
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
     return [
         (slice(*pair_q), slice(*pair_k)) for pair_q, pair_k in zip(zip(ends_q, ends_q[1:]), zip(ends_k, ends_k[1:]))
@@ -166,12 +168,12 @@ def _backward_mended(
 
     options = triton_forward.Options(*window, scale)
     q, k, v, grad_out = (_whole_lines(x) for x in (q, k, v, grad_out))
-    wide = v.shape[-1] + (grad_lse is not None)
-    if not _cudnn_fits(q.device, q.dtype, q.shape[-1], wide, q.shape[1], scale):  # no column is left for grad_lse
+    alone = k.shape[2] == 1 and q.shape[0] == 1  # and so cannot go by parts
+    if grad_lse is not None or (alone and q.numel() > _CUDNN_ELEMENTS):
         return triton_backward.backward(grad_out, grad_lse, q, k, v, out, lse, bad, options)
     with torch.autocast("cuda", enabled=False):
         grads = _fused_backward(
-            grad_out.transpose(1, 2), grad_lse, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            grad_out.transpose(1, 2), None, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
             out.transpose(1, 2), lse, None, None, window[1] == 0, scale,
         )  # fmt: skip
     dq, dk, dv = (x.transpose(1, 2) for x in grads)
@@ -250,6 +252,8 @@ def _pad_to_8(*tensors: Tensor) -> list[Tensor]:
 
 def _cudnn_fits(device: torch.device, dtype: torch.dtype, d: int, dv: int, sq: int, scale: float) -> bool:
     """cuDNN takes 16-bit floats, up to 256 wide on Hopper and later, 128 before."""
+    if torch.version.hip is not None or not (torch.compiler.is_compiling() or torch.backends.cudnn.enabled):
+        return False
     major = torch.cuda.get_device_capability(device)[0]
     widest = 256 if major >= 9 else 128
     return dtype in (torch.float16, torch.bfloat16) and major >= 8 and max(d, dv) <= widest and sq > 1 and scale > 0.0

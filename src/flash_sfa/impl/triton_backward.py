@@ -85,6 +85,7 @@ def _accumulate_keys(
         row_delta = tl.load(delta + start + t, mask=i < sq, other=0.0)
         if RESCUE:
             q_t = tl.where(finite(q_t), q_t, 0.0)
+        if EDGE:  # rows without a gradient lie in tiles that some query does not see
             g_t = tl.where((row_lse == float("inf"))[:, None], 0.0, g_t)
         s = tl.dot(k_t, tl.trans(q_t), input_precision="ieee")
         p = tl.exp2(s * scale - row_lse[None, :])
@@ -121,7 +122,7 @@ def _keys_tile(
 ):  # fmt: skip
     head_k = pid // n_tiles
     b = (head_k // HK).to(tl.int64)
-    hk = head_k % HK
+    hk = (head_k % HK).to(tl.int64)
     n0 = pid % n_tiles * BN
     first_q = b * 0
     first_k = b * 0
@@ -173,7 +174,7 @@ def _keys_tile(
         acc_v = tl.zeros((BN, DVP), tl.float32)
         for g in range(HQ // HK):
             h = hk * (HQ // HK) + g
-            head = sequence * HQ + h
+            head = (sequence * HQ + h).to(tl.int32)
             q_h0 = q + b * q_b + first_q * q_s + h * q_h
             g_h0 = grad_out + b * g_b + first_q * g_s + h * g_h
             l_h0 = log_lse + b * lse_b + h * lse_h + first_q
@@ -297,7 +298,7 @@ def _queries_tile(
 ):  # fmt: skip
     head = pid // n_tiles
     b = (head // HQ).to(tl.int64)
-    h = head % HQ
+    h = (head % HQ).to(tl.int64)
     hk = h // (HQ // HK)
     m0 = (n_tiles - 1 - pid % n_tiles) * BM
     first_q = b * 0
@@ -324,7 +325,7 @@ def _queries_tile(
         row_delta = tl.load(delta + at + t, mask=i < sq, other=0.0)
         if RESCUE:
             q_t = tl.where(finite(q_t), q_t, 0.0)
-            g_t = tl.where((row_lse == float("inf"))[:, None], 0.0, g_t)
+        g_t = tl.where((row_lse == float("inf"))[:, None], 0.0, g_t)
         members_t = q_t
         if DROP:
             members_t = rows_of(members_q + ((b * sq + here) * HQ + h) * D, t, HQ * D, c, sq - m0, D, DP, True)

@@ -197,7 +197,7 @@ def _scan_rows(
     """Marks bad[0] if one of the ``count`` rows from ``first`` on, of any sequence and head, is not finite."""
     head = tl.program_id(0) // n_tiles
     row = tl.program_id(0) % n_tiles * BM
-    start = (head // HQ).to(tl.int64) * o_b + (first + row).to(tl.int64) * o_s + head % HQ * o_h
+    start = (head // HQ).to(tl.int64) * o_b + (first + row).to(tl.int64) * o_s + (head % HQ).to(tl.int64) * o_h
     tile = rows_of(out + start, tl.arange(0, BM), o_s, tl.arange(0, BN), count - row, DV, BN, True)
     if tl.max(tl.max(tl.where(finite(tile), 0, 1), 1), 0) > 0:
         tl.store(bad, 1)
@@ -214,7 +214,7 @@ def _forward_tile(
 ):  # fmt: skip
     head = pid // n_tiles
     b = (head // HQ).to(tl.int64)
-    h = head % HQ
+    h = (head % HQ).to(tl.int64)
     hk = h // (HQ // HK)
     # Under a causal mask the last tiles are the longest: they start first.
     m0 = (n_tiles - 1 - pid % n_tiles) * BM
@@ -368,21 +368,6 @@ _FORWARD_SMALL = {
 
 def pick(table: dict[tuple[int, int, int], Tiles], width: int, itemsize: int, shared: int) -> Tiles:
     return next(tiles for (w, size, need), tiles in table.items() if width <= w and itemsize == size and shared >= need)
-
-
-def unsupported(q: Tensor, v: Tensor, attn_mask: Tensor | None) -> str | None:
-    """Why these kernels cannot do a call, or None."""
-    if q.dtype == torch.float64:
-        return "float64 is not supported"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"head dims above 256 are not supported, got {q.shape[-1]} and {v.shape[-1]}"
-    if attn_mask is not None and not is_key_mask(attn_mask):
-        return f"attn_mask must be key padding, (b, 1, 1, sk), got {tuple(attn_mask.shape)}"
-    return None
-
-
-def is_key_mask(attn_mask: Tensor) -> bool:
-    return all(size == 1 for size in attn_mask.shape[:-1][-2:])
 
 
 def with_unit_stride(x: Tensor) -> Tensor:

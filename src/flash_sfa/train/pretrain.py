@@ -326,9 +326,10 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
             if device == "cuda":
                 rows = rows.pin_memory()
             rows = rows.to(device, non_blocking=True)
-            for i, part in enumerate(rows.chunk(parts)):
+            chunks = rows.chunk(parts)  # perhaps fewer than parts
+            for i, part in enumerate(chunks):
                 # Gradients are summed over processes once a step, with the last part.
-                with ddp.no_sync() if ddp is not None and i < parts - 1 else nullcontext():
+                with ddp.no_sync() if ddp is not None and i < len(chunks) - 1 else nullcontext():
                     loss = loss_fn(part, spec.bf16) * (len(part) / len(rows))
                     torch.autograd.backward(loss)
                 running += loss.detach()
