@@ -145,8 +145,8 @@ def _rows(
 
 def _options(
     sides: Sequence[tuple[Any, Any, Any, Any, Any]], dim: int, drop: bool, left: int, right: int,
-    softmax_scale: float, attn_mask: Tensor | None, packed: tuple[Tensor | None, Tensor | None], max_seqlen_q: int, max_seqlen_k: int, dropout_p: float,
-    seed: Tensor | None,
+    softmax_scale: float, attn_mask: Tensor | None, packed: tuple[Tensor | None, Tensor | None],
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, seed: Tensor | None,
 ) -> Any:  # fmt: skip
     """`triton_forward.Options` of a call."""
     from .impl import triton_forward
