@@ -18,14 +18,9 @@ def index_dtype(dim: int) -> torch.dtype:
     return torch.uint8 if dim <= 256 else torch.int16
 
 
-@torch.compiler.assume_constant_result
+@functools.cache
 def triton_missing() -> str | None:
     """None if the Triton kernels import here, else the reason."""
-    return _triton_missing()
-
-
-@functools.cache
-def _triton_missing() -> str | None:
     try:
         from .impl import triton_codes  # noqa: F401
     except Exception as error:  # a broken Triton may raise anything

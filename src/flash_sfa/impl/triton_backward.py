@@ -325,7 +325,6 @@ def _queries_tile(
         row_delta = tl.load(delta + at + t, mask=i < sq, other=0.0)
         if RESCUE:
             q_t = tl.where(finite(q_t), q_t, 0.0)
-        g_t = tl.where((row_lse == float("inf"))[:, None], 0.0, g_t)
         members_t = q_t
         if DROP:
             members_t = rows_of(members_q + ((b * sq + here) * HQ + h) * D, t, HQ * D, c, sq - m0, D, DP, True)
@@ -357,6 +356,7 @@ def _queries_tile(
         mask = (i[:, None] < sq) & (c[None, :] < D)
         if RESCUE:
             mask = mask & any_bad(tl.load(at_q, mask=mask, other=0.0), 1)[:, None]
+        acc = tl.where((row_lse == float("inf"))[:, None], 0.0, acc)
         tl.store(at_q, (acc * softmax_scale).to(dq.dtype.element_ty), mask=mask)
 
 
@@ -402,7 +402,8 @@ def _queries(
 _KEYS = {
     (64, 2, 160 * 1024): Tiles(64, 128, 8, 3),
     (64, 2, 0): Tiles(32, 128, 8, 2),
-    (128, 2, 0): Tiles(32, 128, 8, 2),
+    (128, 2, 160 * 1024): Tiles(32, 128, 8, 2),
+    (128, 2, 0): Tiles(16, 128, 8, 2),
     (256, 2, 160 * 1024): Tiles(64, 32, 8, 2),
     (256, 2, 0): Tiles(32, 32, 8, 1),
     (64, 4, 0): Tiles(32, 32, 8, 1),
