@@ -5,11 +5,20 @@ import os
 # Spinning OpenMP threads slow a machine with few cores down; set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import pytest
 import torch
 
 torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
 
 BACKENDS = ("aot_eager", "inductor")
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory holds NaN, so that a row read before it was written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -10,12 +10,7 @@ from flash_sfa import SparseCode, SparseKVCache, topk_sparsify
 D, DV, HKV = 32, 24, 2
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory holds NaN, so that a row read before it was written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def new_cache(**options):

@@ -12,12 +12,7 @@ D, DV, HQ, HKV = 32, 24, 4, 2
 IMPLS = ("cpu", "reference", "sdpa")
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory holds NaN, so that a row read before it was written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def new_cache(**options):

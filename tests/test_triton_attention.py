@@ -4,12 +4,7 @@ The interpreter must be chosen before the kernels are defined, so this file runs
 TRITON_INTERPRET=1 and reads the outcome of every case from there. The grid on a GPU is in test_gpu_grid.py.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_sfa.impl import reference
+from own_process import outcomes_of, print_outcomes
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -197,12 +193,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    src = str(Path(__file__).parent.parent / "src")
-    env["PYTHONPATH"] = os.pathsep.join(p for p in (src, env.get("PYTHONPATH")) if p)
-    process = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=250)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return dict(json.loads(process.stdout.splitlines()[-1]))
+    return outcomes_of(__file__, interpret=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -210,16 +201,5 @@ def test_interpreter(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "ok"
 
 
-def _run_all() -> dict[str, str]:
-    results = {}
-    for name, case in CASES.items():
-        try:
-            case()
-            results[name] = "ok"
-        except Exception as error:
-            results[name] = f"{type(error).__name__}: {error}"[:500]
-    return results
-
-
 if __name__ == "__main__":
-    print(json.dumps(_run_all()))
+    print_outcomes(CASES)

@@ -5,18 +5,14 @@ TRITON_INTERPRET=1 and reads the outcome of every case from there.
 """
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from flash_sfa.impl import reference
+from own_process import outcomes_of, print_outcomes
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -184,12 +180,7 @@ CASES = _cases()
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    src = str(Path(__file__).parent.parent / "src")
-    env["PYTHONPATH"] = os.pathsep.join(p for p in (src, env.get("PYTHONPATH")) if p)
-    process = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=250)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return dict(json.loads(process.stdout.splitlines()[-1]))
+    return outcomes_of(__file__, interpret=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -232,13 +223,4 @@ def test_gpu_more_than_2_31_elements() -> None:
 
 
 if __name__ == "__main__":
-    import traceback
-
-    results = {}
-    for case_name, case in CASES.items():
-        try:
-            case()
-            results[case_name] = "ok"
-        except Exception:
-            results[case_name] = traceback.format_exc(limit=4)
-    print(json.dumps(results))
+    print_outcomes(CASES)

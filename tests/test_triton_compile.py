@@ -5,10 +5,8 @@ The work is done in a process of its own: the interpreter, which other tests use
 """
 
 import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from own_process import outcomes_of
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = 99 * 1024
@@ -162,12 +162,7 @@ def compile_all() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Any]:
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    src = str(Path(__file__).parent.parent / "src")
-    env["PYTHONPATH"] = os.pathsep.join(p for p in (src, env.get("PYTHONPATH")) if p)
-    process = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=280)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return dict(json.loads(process.stdout.splitlines()[-1]))
+    return outcomes_of(__file__, interpret=False)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

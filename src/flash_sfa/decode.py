@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import sfa_attention
+from .api import _add_batch, sfa_attention
 from .cache import SparseKVCache
 from .checks import (
     IMPLS,
@@ -246,10 +246,6 @@ def _anchor(q: Tensor | SparseCode) -> Tensor:
 
 def _row_of(row: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x[row, None]
-
-
-def _add_batch(x: Tensor) -> Tensor:
-    return x[None]
 
 
 def _nothing(q: Tensor | SparseCode, cache: SparseKVCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
