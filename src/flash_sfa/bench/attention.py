@@ -28,9 +28,11 @@ def dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def mask_cudnn(topk: int, dense_dims: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def mask_cudnn(topk_q: int | None, topk_k: int, dense_dims: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The masked dense rows through cuDNN: what a user would write, with our top-k."""
-    q, k = (topk_sparsify(x, topk, dense_dims=dense_dims).to_dense() for x in (q, k))
+    if topk_q is not None:
+        q = topk_sparsify(q, topk_q, dense_dims=dense_dims).to_dense()
+    k = topk_sparsify(k, topk_k, dense_dims=dense_dims).to_dense()
     return dense(SDPBackend.CUDNN_ATTENTION, q, k, v)
 
 
@@ -95,12 +97,13 @@ def time_shape(args: argparse.Namespace, batch: int, n: int, heads: int, d: int)
         ("dense_fa2", None, functools.partial(dense, SDPBackend.FLASH_ATTENTION)),
     ]
     for topk in args.topk:
-        options: dict[str, Any] = {"topk": topk, "dense_dims": args.dense_dims, "causal": True}
+        topk_q = None if args.dense_q else topk
+        options: dict[str, Any] = {"topk": (topk_q, topk), "dense_dims": args.dense_dims, "causal": True}
         choice = select_impl(q, k, v, **options)
         print(
             f"d={d} n={n} batch={batch} heads={heads} topk={topk}: auto takes {choice['forward']} ({choice['reason']})"
         )
-        cases.append(("mask_cudnn", topk, functools.partial(mask_cudnn, topk, args.dense_dims)))
+        cases.append(("mask_cudnn", topk, functools.partial(mask_cudnn, topk_q, topk, args.dense_dims)))
         cases += [
             (impl, topk, functools.partial(sfa_attention, **options, impl=impl)) for impl in ("auto", "sdpa", "triton")
         ]
@@ -120,7 +123,7 @@ def time_shape(args: argparse.Namespace, batch: int, n: int, heads: int, d: int)
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }  # fmt: skip
             if topk is not None:
-                row |= {"topk": topk, "dense_dims": args.dense_dims}
+                row |= {"topk": topk, "topk_q": None if args.dense_q else topk, "dense_dims": args.dense_dims}
             try:
                 row |= time_ms(call, repeats=args.repeats)
                 row["peak_bytes"] = torch.cuda.max_memory_allocated()

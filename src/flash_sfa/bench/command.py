@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536], help="tokens of a sequence")
     attention.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256], help="head dims")
     attention.add_argument("--topk", type=int, nargs="+", default=[8], help="features kept of q and k")
+    attention.add_argument("--dense-q", action="store_true", help="top-k of k only, as topk=(None, TOPK)")
     attention.add_argument("--dense-dims", type=int, default=0, help="features that are always kept")
     attention.add_argument("--impls", nargs="+", default=["dense_cudnn", "dense_fa2", "mask_cudnn", "auto"])
     attention.add_argument("--repeats", type=int, default=10)
