@@ -23,24 +23,24 @@ def source(rows: list[Row], name: str) -> str:
     return f"{versions}; rows in `benchmarks/results/{name}`."
 
 
-def attention() -> str:
+def attention(name: str = "attention_h200.jsonl") -> str:
     """ms of forward / forward + backward, and how many times as fast as the others auto is."""
-    rows = load("attention_h200.jsonl")
+    rows = load(name)
     out = [
-        "| d | n | dense cuDNN | mask + cuDNN | auto | auto against dense | auto against mask |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        "| d | n | topk | dense cuDNN | mask + cuDNN | auto | auto against dense | auto against mask |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for d, n in sorted({(row["head_dim"], row["seqlen_q"]) for row in rows}):
+    for d, n, topk in sorted({(r["head_dim"], r["seqlen_q"], r["topk"]) for r in rows if r["impl"] == "auto"}):
         ms: dict[str, list[float]] = {}
         for row in sorted(rows, key=lambda row: len(row["bench"])):  # attention_fwd, then attention_fwdbwd
-            if (row["head_dim"], row["seqlen_q"]) == (d, n):
+            if (row["head_dim"], row["seqlen_q"], row.get("topk", topk)) == (d, n, topk):
                 ms.setdefault(row["impl"], []).append(row["ms_median"])
         impls = ("dense_cudnn", "mask_cudnn", "auto")
         cells = [" / ".join(f"{value:.2f}" for value in ms[impl]) for impl in impls]
         for impl in impls[:2]:
             cells.append(" / ".join(f"{other / ours:.2f}x" for other, ours in zip(ms[impl], ms["auto"])))
-        out.append(f"| {d} | {n} | " + " | ".join(cells) + " |")
-    return "\n".join([*out, "", source(rows, "attention_h200.jsonl")])
+        out.append(f"| {d} | {n} | {topk} | " + " | ".join(cells) + " |")
+    return "\n".join([*out, "", source(rows, name)])
 
 
 def decode() -> str:
@@ -66,9 +66,14 @@ def decode() -> str:
 
 
 def main() -> None:
-    for page, name, table in (("kernels.md", "attention", attention), ("decode.md", "decode", decode)):
+    tables = (
+        ("kernels.md", "attention", attention()),
+        ("kernels.md", "attention_dense_q", attention("attention_dense_q_h200.jsonl")),
+        ("decode.md", "decode", decode()),
+    )
+    for page, name, table in tables:
         path = ROOT / "docs" / page
-        block = f"<!-- rows: {name} -->\n\n{table()}\n\n<!-- end -->"
+        block = f"<!-- rows: {name} -->\n\n{table}\n\n<!-- end -->"
         text, found = re.subn(
             rf"<!-- rows: {name} -->.*?<!-- end -->", lambda _, b=block: b, path.read_text(), flags=re.S
         )
