@@ -31,7 +31,19 @@ LOOKS = {
     "SFA, q and k": ("tab:orange", "D"),
     "SFA with an idea": ("tab:purple", "*"),
 }
-IDEAS = ("shrink", "split_signs", "anneal", "fade", "recent", "balance", "distill")
+IDEAS = (
+    "shrink",
+    "split_signs",
+    "anneal",
+    "fade",
+    "recent",
+    "balance",
+    "distill",
+    "map_dim",
+    "share",
+    "drop",
+    "center",
+)
 
 
 @dataclass

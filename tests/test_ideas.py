@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from flash_sfa import sfa_attention
 from flash_sfa.train import models
 from flash_sfa.train.attention import (
     LayerAttention,
+    add_maps,
     balance_loss,
     codes_of,
     distill_loss,
@@ -15,6 +17,7 @@ from flash_sfa.train.attention import (
     key_bytes,
     split_signs,
     topk_mask,
+    train_attention,
 )
 from flash_sfa.train.pretrain import make_task, pretrain
 from flash_sfa.train.recipe import build_recipe
@@ -28,6 +31,11 @@ IDEAS = [
     {"recent": 4},
     {"balance": 0.1},
     {"distill": 0.5},
+    {"map_dim": 40},
+    {"share": True},
+    {"drop": True},
+    {"center": True, "map_dim": 24},
+    {"shrink": True, "map_dim": 16, "share": True},
     {"shrink": True, "anneal": 0.5, "recent": 4, "distill": 0.1},
 ]
 
@@ -106,6 +114,97 @@ def test_distill_is_the_divergence() -> None:
     assert q.grad.isfinite().all() and (q.grad[0] != 0).sum() <= 2 * 6 * 3 and not q.grad[1].any()
 
 
+@pytest.mark.parametrize("features", [8, 20, 32])
+def test_maps_begin_without_changing_scores(features: int) -> None:
+    module = torch.nn.Module()
+    add_maps(module, heads=4, kv_heads=2, head_dim=8, features=features)
+    q, k = torch.randn(4, 5, 8), torch.randn(2, 5, 8).repeat_interleave(2, 0)
+    mapped = (q @ module.sfa_map_q) @ (k @ module.sfa_map_k.repeat_interleave(2, 0)).transpose(-1, -2)
+    assert module.sfa_map_q.shape == (4, 8, features) and module.sfa_map_k.shape == (2, 8, features)
+    assert torch.allclose(mapped, q @ k.transpose(-1, -2), atol=1e-5) == (features % 8 == 0)
+    assert features == 8 or not torch.allclose(module.sfa_map_k[0, :, 8:16], module.sfa_map_k[0, :, :8])
+
+
+def test_a_map_is_trained_and_counted(data_root: Path) -> None:  # noqa: F811
+    tree = tiny(data_root, attention={"topk_q": None, "topk_k": 4, "dense_dims": 0, "map_dim": 64})
+    tree["model"] = {**tree["model"], "rotary_dims": None}
+    recipe = build_recipe(tree)
+    model = models.build_model(recipe, 100)
+    shape, maps = recipe.model, [p for n, p in model.named_parameters() if "sfa_map" in n]
+    assert len(maps) == 2 * shape.layers and maps[0].shape == (shape.heads, shape.head_dim, 64)
+    bare = models.build_model(build_recipe({**tree, "attention": {"kind": "dense"}}), 100)
+    more = models.count_parameters(model, recipe)[1] - models.count_parameters(bare, recipe)[1]
+    assert more == sum(p.numel() for p in maps)
+
+
+def test_shared_features_are_those_of_the_largest_norm() -> None:
+    x = torch.tensor([[3.0, 0.0, 2.0, 0.0], [0.0, 2.5, 2.0, 0.0]]).view(1, 2, 1, 4)
+    at = layer(2, share=True)
+    assert codes_of(x, 2, at).view(2, 4).tolist() == [[3.0, 0.0, 2.0, 0.0], [0.0, 0.0, 2.0, 0.0]]
+    assert key_bytes(64, layer(8, share=True), kv_heads=4) == 8 * (2 + 1 / 4)
+    assert key_bytes(64, layer(8, map_dim=512)) == 32
+
+
+def test_drop_leaves_pairs_without_a_common_feature_out(data_root: Path) -> None:  # noqa: F811
+    """The layer equals the operator's own drop mode, also in rows with nothing left."""
+    module = torch.nn.Module()
+    module.sfa_train = layer(1, drop=True)
+    q, k, v = (torch.randn(1, 2, 12, 16, requires_grad=True) for _ in range(3))
+    out, _ = train_attention(module, q, k, v, None, scaling=0.3)
+    swapped = (x.transpose(1, 2) for x in (q, k, v))
+    expected = sfa_attention(*swapped, topk=1, causal=True, softmax_scale=0.3, nonoverlap="drop", impl="reference")
+    assert torch.allclose(out, expected, atol=1e-5) and (expected == 0).all(-1).any()
+    out.square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_centred_keys_change_no_dense_attention(data_root: Path) -> None:  # noqa: F811
+    """And the mean follows the keys in training only."""
+    module = torch.nn.Module()
+    module.register_buffer("sfa_mean", torch.zeros(2, 16))
+    q, k, v = (torch.randn(3, 2, 12, 16) + 1 for _ in range(3))
+    outs = {}
+    for kind, topk in (("dense", None), ("sfa", 16), ("sfa", 2)):
+        module.sfa_train = LayerAttention(kind, topk_k=topk, center=True)
+        for _ in range(300):
+            train_attention(module, q, k, v, None, scaling=0.3)
+        outs[topk] = train_attention(module.eval(), q, k, v, None, scaling=0.3)[0]
+        mean = module.train().sfa_mean.clone()
+    assert torch.allclose(mean, k.mean((0, 2)), atol=1e-2)
+    module.sfa_train = LayerAttention()
+    plain = train_attention(module, q, k, v, None, scaling=0.3)[0]
+    assert torch.allclose(outs[None], plain, atol=1e-5) and torch.allclose(outs[16], plain, atol=1e-5)
+    expected = train_attention(module, q, keep_topk(k - mean[:, None], 2), v, None, scaling=0.3)[0]
+    assert torch.allclose(outs[2], expected, atol=1e-5)
+
+
+def test_alibi_takes_the_distance_off(data_root: Path) -> None:  # noqa: F811
+    """Dense, by hand; and one graph for SFA. Path op, and the other families, have no bias."""
+    module = torch.nn.Module()
+    module.sfa_train = LayerAttention(alibi=True)
+    q, k, v = (torch.randn(1, 4, 9, 16) for _ in range(3))
+    out, _ = train_attention(module, q, k, v, None, scaling=0.3)
+    for h, slope in enumerate((1 / 4, 1 / 16, 1 / 64, 1 / 256)):
+        for i in (0, 5, 8):
+            scores = q[0, h, i] @ k[0, h, : i + 1].T * 0.3 - slope * (i - torch.arange(i + 1))
+            assert torch.allclose(out[0, i, h], scores.softmax(-1) @ v[0, h, : i + 1], atol=1e-5)
+    tree = tiny(data_root, attention={"topk_q": None, "topk_k": 4, "dense_dims": 0})
+    tree["model"] = {
+        **tree["model"],
+        "family": "hybrid",
+        "rotary_dims": None,
+        "global_every": 2,
+        "alibi": True,
+        "layers": 2,
+    }
+    model = models.build_model(build_recipe(tree), 100)
+    assert [m.sfa_train.alibi for m in models.attention_modules(model)] == [False, True]
+    with pytest.raises(ValueError, match=r"model.alibi needs"):
+        build_recipe({**tree, "model": {**tree["model"], "family": "gpt2"}})
+    with pytest.raises(ValueError, match=r"attention.path op has no"):
+        build_recipe({**tree, "attention": {**tree["attention"], "path": "op"}})
+
+
 def test_recent_tokens_are_scored_whole(data_root: Path) -> None:  # noqa: F811
     """A window over everything is dense attention, one of a token differs from none."""
     outs = {}
@@ -138,9 +237,14 @@ def test_a_step_with_an_idea_is_one_graph_and_learns(data_root: Path, tmp_path: 
     torch._dynamo.reset()
     compiled = torch.compile(task.loss, fullgraph=True, backend="aot_eager", dynamic=False)
     seen = []
+    buffers = {name: x.clone() for name, x in model.named_buffers()}
     for share in (0.0, 0.3, 1.0):
         progress.fill_(share)
-        plain, ours = task.loss(model, task.rows(0), False), compiled(model, task.rows(0), False)
+        losses = []
+        for loss in (task.loss, compiled):
+            model.load_state_dict(buffers, strict=False)  # center moves its mean
+            losses.append(loss(model, task.rows(0), False))
+        plain, ours = losses
         assert torch.allclose(plain, ours, atol=1e-5)
         seen.append(float(plain.detach()))
     torch.autograd.backward(ours)
@@ -160,6 +264,9 @@ def test_a_step_with_an_idea_is_one_graph_and_learns(data_root: Path, tmp_path: 
         ({"kind": "sfa", "topk_k": 4, "path": "op", "recent": 8}, "attention.recent needs"),
         ({"kind": "sfa", "topk_k": 4, "anneal": 1.5}, "at most 1"),
         ({"kind": "sfa", "topk_k": 4, "balance": -1}, "at least 0"),
+        ({"kind": "sfa", "topk_k": 4, "map_dim": 64, "dense_dims": 4}, "map_dim does not go with"),
+        ({"kind": "sfa", "topk_k": 4, "drop": True, "distill": 0.1}, "drop does not go with"),
+        ({"kind": "sfa", "topk_k": 4, "share": True, "balance": 0.1}, "share does not go with"),
     ],
 )
 def test_bad_ideas_say_why(attention: dict, message: str) -> None:

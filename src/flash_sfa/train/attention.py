@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 NAME = "sfa_train"
 ROUNDS = 32
+MOMENTUM = 0.02  # of the mean key: an average over about 50 steps
 
 
 @dataclass
@@ -25,7 +26,10 @@ class LayerAttention:
         topk_q, topk_k: features kept a row beside dense_dims; None keeps the side dense.
         dense_dims: features that are always kept.
         path: "mask" or "op", for kind "sfa".
-        shrink, split_signs, anneal, fade, recent, balance, distill: see ``flash_sfa.train.recipe.AttentionSpec``.
+        alibi: scores lose slope * distance (path mask), see ``flash_sfa.train.recipe.ModelSpec``.
+        shrink, split_signs, anneal, fade, recent, balance, distill, map_dim, share, drop, center: see
+            ``flash_sfa.train.recipe.AttentionSpec``. The matrices of map_dim are the parameters sfa_map_q and sfa_map_k
+            of the module, the mean of center is its buffer sfa_mean (kv_heads, features).
         progress: None (the end of the run) or the share of the run that is done, a float32 scalar tensor.
         aux: the losses of balance and distill of the last call with gradients, None without one.
         k_bits: None, or the bits to which k is rounded (evaluation only), see ``quantize_keys``.
@@ -40,6 +44,7 @@ class LayerAttention:
     topk_k: int | None = None
     dense_dims: tuple[int, ...] = ()
     path: str = "mask"
+    alibi: bool = False
     shrink: bool = False
     split_signs: bool = False
     anneal: float = 0.0
@@ -47,6 +52,10 @@ class LayerAttention:
     recent: int = 0
     balance: float = 0.0
     distill: float = 0.0
+    map_dim: int = 0
+    share: bool = False
+    drop: bool = False
+    center: bool = False
     progress: Tensor | None = field(default=None, repr=False)
     aux: Tensor | None = field(default=None, repr=False)
     k_bits: int | None = None
@@ -134,13 +143,13 @@ def codes_of(x: Tensor, topk: int | None, at: LayerAttention) -> Tensor:
     """x as its codes take part in scores: zeros at dropped features, or what the layer's ideas make of them."""
     if topk is None:
         return x
-    if not (at.shrink or at.anneal or at.fade):
+    if not (at.shrink or at.anneal or at.fade or at.share):
         return keep_topk(x, topk, at.dense_dims)
     with torch.no_grad():
         if at.anneal and at.progress is not None:
-            mask = _annealed_mask(x, topk, at.dense_dims, at.progress / at.anneal)
+            mask = _annealed_mask(_ranked(x, at), topk, at.dense_dims, at.progress / at.anneal)
         else:
-            mask = topk_mask(x, topk, at.dense_dims)
+            mask = kept_features(x, topk, at)
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     values = x
     if at.shrink:
@@ -152,6 +161,32 @@ def codes_of(x: Tensor, topk: int | None, at: LayerAttention) -> Tensor:
     if at.fade and at.progress is not None:
         out = out + (1 - at.progress / at.fade).clamp(min=0.0).to(x.dtype) * torch.where(mask, zero, x)
     return out
+
+
+def kept_features(x: Tensor, topk: int | None, at: LayerAttention) -> Tensor:
+    """True at the features of (b, h, n, d) that a trained layer keeps."""
+    if topk is None:
+        return torch.ones_like(x, dtype=torch.bool)
+    return topk_mask(_ranked(x, at), topk, at.dense_dims).expand_as(x)
+
+
+def _ranked(x: Tensor, at: LayerAttention) -> Tensor:
+    """What top-k ranks: x, or the sum of squares over heads where they share their features."""
+    return x.float().square().sum(1, keepdim=True) if at.share else x
+
+
+def add_maps(module: nn.Module, heads: int, kv_heads: int, head_dim: int, features: int) -> None:
+    """Give an attention module the matrices of map_dim: (heads, head_dim, features) for q and for k.
+
+    Those of a query head and its key head begin as one matrix M with M M^T = 1, so (q M) (k M)^T = q k^T: blocks of
+    rotations, the first of them the identity.
+    """
+    blocks = -(-features // head_dim)
+    first = torch.eye(head_dim).expand(kv_heads, 1, -1, -1)
+    other = torch.linalg.qr(torch.randn(kv_heads, blocks - 1, head_dim, head_dim))[0]
+    m = torch.cat([first, other], 1).transpose(1, 2).reshape(kv_heads, head_dim, -1)[..., :features] * blocks**-0.5
+    module.sfa_map_q = nn.Parameter(m.repeat_interleave(heads // kv_heads, 0).clone())
+    module.sfa_map_k = nn.Parameter(m.clone())
 
 
 def split_signs(x: Tensor, dense_dims: tuple[int, ...]) -> Tensor:
@@ -178,15 +213,30 @@ def _seen(n: int, window: int | None, device: torch.device) -> tuple[Tensor, Ten
     return behind, (behind >= 0) & (behind < (window or n))
 
 
+def _alibi(n: int, heads: int, device: torch.device) -> Tensor:
+    """What ALiBi adds to the scores: (heads, n, n)."""
+    behind, _ = _seen(n, None, device)
+    slopes = 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1, device=device))
+    return -slopes[:, None, None] * behind
+
+
 def _scores(q: Tensor, k: Tensor, at: LayerAttention, scale: float, window: int | None) -> Tensor:
     """All scores of an SFA layer in fp32, -inf where unseen: for ideas that no SDPA call can do, and statistics."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     behind, seen = _seen(q.shape[2], window, q.device)
     with torch.autocast(q.device.type, enabled=False):
         scores = codes_of(q, at.topk_q, at).float() @ codes_of(k, at.topk_k, at).float().transpose(-1, -2)
+        if at.drop:
+            members = (kept_features(x, topk, at).float() for x, topk in ((q, at.topk_q), (k, at.topk_k)))
+            seen = seen & (next(members) @ next(members).transpose(-1, -2) > 0)
         if at.recent:
-            scores = torch.where(behind < at.recent, q.float() @ k.float().transpose(-1, -2), scores)
-    return (scores * scale).masked_fill(~seen, -torch.inf)
+            near = behind < at.recent
+            scores = torch.where(near, q.float() @ k.float().transpose(-1, -2), scores)
+            seen = seen | (near & (behind >= 0))
+        scores = scores * scale
+        if at.alibi:
+            scores = scores + _alibi(q.shape[2], q.shape[1], q.device)
+    return scores.masked_fill(~seen, -torch.inf)
 
 
 def distill_loss(q: Tensor, k: Tensor, at: LayerAttention, scale: float, window: int | None) -> Tensor:
@@ -197,7 +247,7 @@ def distill_loss(q: Tensor, k: Tensor, at: LayerAttention, scale: float, window:
     some = max(q.shape[0] // 4, 1)
     q, k = q[:some], k[:some]
     with torch.no_grad():
-        whole = _scores(q, k, LayerAttention(), scale, window).log_softmax(-1)
+        whole = _scores(q, k, LayerAttention(alibi=at.alibi), scale, window).log_softmax(-1)
     ours = _scores(q, k, at, scale, window).log_softmax(-1)
     gap = torch.where(torch.isinf(whole), 0.0, whole - ours.masked_fill(torch.isinf(whole), 0.0))
     return (whole.exp() * gap).sum(-1).mean()
@@ -227,21 +277,26 @@ def quantize_keys(k: Tensor, bits: int, group: int = 64) -> Tensor:
     return rounded.to(k.dtype)
 
 
-def key_bytes(head_dim: int, at: LayerAttention) -> float:
-    """Bytes of one stored key (one token, one kv head) in 16-bit floats, top-k indices in 1 byte up to d =
-    256."""
+def key_bytes(head_dim: int, at: LayerAttention, kv_heads: int = 1) -> float:
+    """Bytes of one stored key (one token, one kv head) in 16-bit floats, top-k indices in 1 byte up to d = 256.
+
+    Heads that share their features store the indices once.
+    """
+    heads = kv_heads if at.share else 1
     if at.k_bits is not None:
         return (at.qk_dim or head_dim) * (at.k_bits / 8 + 4 / 64)
     if at.kind == "narrow":
         return 2.0 * (at.qk_dim or head_dim)
     if at.kind == "sfa" and at.topk_k is not None:
-        features = 2 * head_dim - len(at.dense_dims) if at.split_signs else head_dim
+        features = at.map_dim or head_dim
+        if at.split_signs:
+            features = 2 * features - len(at.dense_dims)
         width = min(at.topk_k, features - len(at.dense_dims))
-        return width * (3.0 if features <= 256 else 4.0) + 2.0 * len(at.dense_dims)
+        return width * (2.0 + (1.0 if features <= 256 else 2.0) / heads) + 2.0 * len(at.dense_dims)
     return 2.0 * head_dim
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, alibi: bool = False) -> Tensor:
     """Causal attention over (b, h, n, d) tensors through torch SDPA, widths padded to one so that any backend
     fits."""
     n, dv = q.shape[2], v.shape[-1]
@@ -250,7 +305,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> 
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if window is None or window >= n:
+    if alibi:
+        bias = _alibi(n, q.shape[1], q.device).masked_fill(~_seen(n, window, q.device)[1], -torch.inf)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None], scale=scale)
+    elif window is None or window >= n:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(n, window, q.device)[1], scale=scale)
@@ -291,6 +349,14 @@ def train_attention(
     if at.kind == "narrow" and at.qk_dim is not None and at.qk_dim < q.shape[-1]:
         scaling = scaling * (q.shape[-1] / at.qk_dim) ** 0.5
         q, k = q[..., : at.qk_dim], k[..., : at.qk_dim]
+    if at.map_dim:
+        q = torch.einsum("bhnd,hde->bhne", q, module.sfa_map_q.to(dtype))
+        k = torch.einsum("bhnd,hde->bhne", k, module.sfa_map_k.to(dtype))
+    if at.center:
+        mean = module.get_buffer("sfa_mean")
+        if module.training and torch.is_grad_enabled():
+            mean.lerp_(k.detach().float().mean((0, 2)), MOMENTUM)
+        k = k - mean[:, None].to(dtype)
     if at.split_signs:
         q, k = split_signs(q, at.dense_dims), split_signs(k, at.dense_dims)
     dv = v.shape[-1]
@@ -319,12 +385,16 @@ def train_attention(
     if at.kind == "sfa":
         if torch.is_grad_enabled() and (at.balance or at.distill):
             at.aux = _aux(q, k, at, scaling, sliding_window)
-        if at.recent:
-            weights = _scores(q, k, at, scaling, sliding_window).softmax(-1).to(v.dtype)
-            out = weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        if at.recent or at.drop:
+            scores = _scores(q, k, at, scaling, sliding_window)
+            alone = torch.isneginf(scores).all(
+                -1, keepdim=True
+            )  # only with drop; a softmax over nothing has no gradient
+            weights = torch.where(alone, 0.0, torch.where(alone, 0.0, scores).softmax(-1))
+            out = weights.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
             return out.transpose(1, 2), None
         q, k = codes_of(q, at.topk_q, at), codes_of(k, at.topk_k, at)
-    out = _sdpa(q, k, v, scaling, sliding_window)
+    out = _sdpa(q, k, v, scaling, sliding_window, at.alibi)
     if at.v_dim is not None:
         out = F.pad(out, (0, dv - at.v_dim))
     return out.transpose(1, 2), None
@@ -354,15 +424,14 @@ def _statistics(q: Tensor, k: Tensor, at: LayerAttention, scale: float, window: 
     """
     sparse = at.kind == "sfa"
     d, n, groups = q.shape[-1], q.shape[2], q.shape[1] // k.shape[1]
-    q_on = topk_mask(q, at.topk_q, at.dense_dims) if sparse and at.topk_q else torch.ones_like(q, dtype=torch.bool)
-    k_on = topk_mask(k, at.topk_k, at.dense_dims) if sparse and at.topk_k else torch.ones_like(k, dtype=torch.bool)
+    q_on, k_on = (kept_features(x, t if sparse else None, at) for x, t in ((q, at.topk_q), (k, at.topk_k)))
     free = [u for u in range(d) if u not in at.dense_dims]
     _, seen = _seen(n, window, q.device)
     pairs = seen.sum()
     shared = q_on.float() @ k_on.repeat_interleave(groups, 1).float().transpose(-1, -2)
     hit = (shared > 0) & seen
     by_group = hit.view(hit.shape[0], -1, groups, n, n).any(2)
-    weights = _scores(q, k, at, scale, window).softmax(-1)[..., n // 2 :, :]
+    weights = _scores(q, k, at, scale, window).softmax(-1).nan_to_num(0.0)[..., n // 2 :, :]
     heavy = (weights.sort(-1, descending=True).values.cumsum(-1) < 0.999).sum(-1) + 1
     out = {
         "overlap": float(hit.sum() / (pairs * hit.shape[0] * hit.shape[1])),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import attention
@@ -117,6 +118,7 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
     if model.config._attn_implementation != attention.NAME:
         raise NotImplementedError(f"{type(model).__name__} does not take a registered attention function")
     for module in attention_modules(model):
+        chosen = _chosen(config, module.layer_idx)
         module.sfa_train = (
             LayerAttention(
                 kind=at.kind,
@@ -128,9 +130,15 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
                 path=at.path,
                 **{name: getattr(at, name) for name in IDEAS},
             )
-            if _chosen(config, module.layer_idx)
+            if chosen
             else LayerAttention()
         )
+        module.sfa_train.alibi = recipe.model.alibi and chosen
+        m = recipe.model
+        if module.sfa_train.center:
+            module.register_buffer("sfa_mean", torch.zeros(m.kv_heads or m.heads, at.map_dim or m.head_dim))
+        if module.sfa_train.map_dim:
+            attention.add_maps(module, m.heads, m.kv_heads or m.heads, m.head_dim, at.map_dim)
     return model
 
 

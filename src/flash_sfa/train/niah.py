@@ -172,7 +172,8 @@ def _about(recipe: Recipe | None, model: Any, name: str) -> dict[str, Any]:
         out.update(vars(recipe.attention), train_lengths=recipe.needle.train_lengths)
         if model is not None:
             kinds = [m.sfa_train for m in models.attention_modules(model)]
-            out["k_bytes"] = min(key_bytes(recipe.model.head_dim, at) for at in kinds)
+            m = recipe.model
+            out["k_bytes"] = min(key_bytes(m.head_dim, at, m.kv_heads or m.heads) for at in kinds)
     elif model is not None:
         out["sfa"] = getattr(model.config, "sfa", None)
     return out

@@ -146,7 +146,7 @@ def cache_bytes(model: Any, recipe: Recipe) -> dict[str, Any]:
     m = recipe.model
     kv_heads, dv = m.kv_heads or m.heads, recipe.attention.v_dim or m.v_head_dim or m.head_dim
     chosen = [x for x in models.attention_modules(model) if _is_chosen(x, recipe)]
-    k = key_bytes(m.head_dim, chosen[0].sfa_train)
+    k = key_bytes(m.head_dim, chosen[0].sfa_train, kv_heads)
     return {"k_bytes": k, "v_bytes": 2 * dv, "cache_bytes": len(chosen) * kv_heads * (k + 2 * dv)}
 
 

@@ -8,7 +8,19 @@ from typing import Any, get_args, get_type_hints
 FAMILIES = ("gpt2", "rotary", "hybrid", "qwen3")
 KINDS = ("dense", "narrow", "sfa")
 PATHS = ("mask", "op")
-IDEAS = ("shrink", "split_signs", "anneal", "fade", "recent", "balance", "distill")
+IDEAS = (
+    "shrink",
+    "split_signs",
+    "anneal",
+    "fade",
+    "recent",
+    "balance",
+    "distill",
+    "map_dim",
+    "share",
+    "drop",
+    "center",
+)
 
 
 @dataclass
@@ -18,6 +30,8 @@ class ModelSpec:
     family: "gpt2" (GPT-2, learned absolute positions), "rotary" (MiMo-V2 attention: own v_head_dim, the first
     rotary_dims features rotate), "hybrid" (SmolLM3: windowed RoPE layers, every global_every-th layer global
     and without positions), "qwen3" (Qwen3 with query/key norms).
+    alibi: the global layers of a hybrid subtract slope * (i - j) from the score of query i and key j, with slopes
+    2 ** (-8 h / heads) for head h = 1, 2, ...; with global_every 1 that is ALiBi in every layer.
     """
 
     family: str = "rotary"
@@ -33,6 +47,7 @@ class ModelSpec:
     context: int = 1024
     window: int = 256
     global_every: int = 4
+    alibi: bool = False
     vocab_multiple: int = 64
 
 
@@ -51,6 +66,11 @@ class AttentionSpec:
     recent: scores of the last so many tokens use q and k whole.
     balance: weight of a loss that is least when all features are kept equally often.
     distill: weight of the divergence from the layer's own attention with q and k whole.
+    map_dim: q and k of a head go through learned matrices of their own to so many features before top-k (after
+        RoPE, where there is one); they begin so that scores without top-k do not change.
+    share: all heads keep the same features, those with the largest sum of squares over them.
+    drop: pairs without a common feature weigh 0 instead of e^0.
+    center: keys lose the running mean of their head before top-k; without top-k that would change no softmax.
     """
 
     kind: str = "dense"
@@ -67,6 +87,10 @@ class AttentionSpec:
     recent: int = 0
     balance: float = 0.0
     distill: float = 0.0
+    map_dim: int = 0
+    share: bool = False
+    drop: bool = False
+    center: bool = False
 
 
 @dataclass
@@ -287,6 +311,10 @@ def _check(recipe: Recipe) -> None:
     ):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name} must be at least 1, got {getattr(model, name)}")
+    if model.alibi and model.family != "hybrid":
+        raise ValueError(f"model.alibi needs model.family hybrid, got {model.family!r}")
+    if model.alibi and at.path == "op":
+        raise ValueError("attention.path op has no model.alibi; use path mask")
     if train.batch < 1 or train.batch % (train.micro_batch or train.batch):
         raise ValueError(f"train.batch={train.batch} must be a multiple of train.micro_batch={train.micro_batch}")
     if train.tokens < train.batch * model.context:
@@ -300,12 +328,15 @@ def _check(recipe: Recipe) -> None:
                 raise ValueError(f"attention.{name} must be at least 1, got {value}")
         if not 0 <= at.dense_dims < model.head_dim:
             raise ValueError(f"attention.dense_dims must lie in [0, {model.head_dim}), got {at.dense_dims}")
-        for name in ("anneal", "fade", "balance", "distill", "recent"):
+        for name in ("anneal", "fade", "balance", "distill", "recent", "map_dim"):
             if getattr(at, name) < 0:
                 raise ValueError(f"attention.{name} must be at least 0, got {getattr(at, name)}")
         for name in ("anneal", "fade"):
             if getattr(at, name) > 1:
                 raise ValueError(f"attention.{name} is a share of the run, at most 1, got {getattr(at, name)}")
+        for one, other in (("map_dim", "dense_dims"), ("drop", "distill"), ("share", "balance")):
+            if getattr(at, one) and getattr(at, other):
+                raise ValueError(f"attention.{one} does not go with attention.{other}")
         if recipe.eval.k_bits:
             raise ValueError("eval.k_bits rounds dense keys; attention.kind sfa stores codes")
     elif at.topk_q is not None or at.topk_k is not None or at.dense_dims:
