@@ -28,6 +28,14 @@ def dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+def dense_fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-4, where its package is installed (flash-attn-4)."""
+    from flash_attn.cute.interface import flash_attn_func  # type: ignore[import-not-found]
+
+    out = flash_attn_func(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+
 def mask_cudnn(topk_q: int | None, topk_k: int, dense_dims: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The masked dense rows through cuDNN: what a user would write, with our top-k."""
     if topk_q is not None:
@@ -64,7 +72,7 @@ def check() -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Time every case, write attention.jsonl and attention.png, print a table."""
-    known = {"dense_cudnn", "dense_fa2", "mask_cudnn", "auto", "sdpa", "triton"}
+    known = {"dense_cudnn", "dense_fa2", "dense_fa4", "mask_cudnn", "auto", "sdpa", "triton"}
     if unknown := set(args.impls) - known:
         raise UsageError(f"--impls: unknown {sorted(unknown)}; known: {sorted(known)}")
     max_err = check()
@@ -95,6 +103,7 @@ def time_shape(args: argparse.Namespace, batch: int, n: int, heads: int, d: int)
     cases: list[tuple[str, int | None, Callable[..., Tensor]]] = [
         ("dense_cudnn", None, functools.partial(dense, SDPBackend.CUDNN_ATTENTION)),
         ("dense_fa2", None, functools.partial(dense, SDPBackend.FLASH_ATTENTION)),
+        ("dense_fa4", None, dense_fa4),
     ]
     for topk in args.topk:
         topk_q = None if args.dense_q else topk
