@@ -447,10 +447,56 @@ def curve_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def torchrun(recipe: Path, out: Path) -> dict:
+    """The row of two processes."""
+    import subprocess
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "flash_sfa.train.pretrain", str(recipe), "--out", str(out)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("r: ") == 1  # one of the two reports
+    return json.loads((out / "row.json").read_text())
+
+
+def test_sharded_training_is_that_of_one_process(data_root: Path, tmp_path: Path) -> None:
+    """FSDP2 over gloo, micro-batches, a learned map inside attention; also when it goes on from a save."""
+    import yaml
+
+    tree = tiny(data_root, train={"micro_batch": 2, "save_every": 8, "save_last": True, "compile": False})
+    tree["model"] = {**tree["model"], "layers": 2, "rotary_dims": None}
+    tree["attention"] = {"kind": "sfa", "topk_k": 4, "map_dim": 16}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    alone = pretrain(load_recipe(tmp_path / "r.yaml"), tmp_path / "one", quiet=True)
+    tree["train"]["fsdp"] = True
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    row = torchrun(tmp_path / "r.yaml", tmp_path / "two")
+    (tmp_path / "two/row.json").unlink()
+    again = torchrun(tmp_path / "r.yaml", tmp_path / "two")
+    for ours in (row, again):
+        assert (ours["processes"], ours["params"]) == (2, alone["params"])
+        assert ours["val"]["all"] == pytest.approx(alone["val"]["all"], rel=1e-4)
+        assert ours["codes"]["rows_999"] == pytest.approx(alone["codes"]["rows_999"], rel=1e-2)
+    curves = [curve_of(tmp_path / out) for out in ("one", "two")]
+    assert [e["step"] for e in curves[0]] == [e["step"] for e in curves[1]] and len(curves[0]) >= 12
+    for a, b in zip(*curves, strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), rel=1e-4)
+        assert a.get("grad_norm") == pytest.approx(b.get("grad_norm"), rel=1e-2)
+    weights = [safetensors(tmp_path / out / "model") for out in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys() and any("sfa_map_q" in name for name in weights[0])
+    assert all(torch.allclose(x, weights[1][name], atol=1e-3) for name, x in weights[0].items())
+
+
+def safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
 def test_two_processes_train_like_one(data_root: Path, tmp_path: Path) -> None:
     """DDP over gloo: equal losses at an equal global batch, from the start and from one process's checkpoint."""
     import shutil
-    import subprocess
 
     import yaml
 
@@ -462,13 +508,7 @@ def test_two_processes_train_like_one(data_root: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "one", tmp_path / "half")
     (tmp_path / "half/row.json").unlink()
     for out in ("two", "half"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "flash_sfa.train.pretrain", str(tmp_path / "r.yaml"), "--out", str(tmp_path / out)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("r: ") == 1  # one of the two reports
-        row = json.loads((tmp_path / out / "row.json").read_text())
+        row = torchrun(tmp_path / "r.yaml", tmp_path / out)
         assert (row["processes"], whole["processes"]) == (2, 1) and row["tokens"] == whole["tokens"]
         assert row["val"]["all"] == pytest.approx(whole["val"]["all"], rel=1e-4)
         assert row["quantized"][0]["val"]["all"] == pytest.approx(whole["quantized"][0]["val"]["all"], rel=1e-3)

@@ -152,6 +152,13 @@ def attention_modules(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks in layer order: the members of the list that holds the attention modules."""
+    inside = {id(module) for module in attention_modules(model)}
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return [block for m in lists for block in m if any(id(part) in inside for part in block.modules())]
+
+
 def extra_loss(model: nn.Module, recipe: Recipe) -> Tensor | float:
     """The sum of the losses that the attention of the last forward pass left (balance, distill)."""
     out: Tensor | float = 0.0

@@ -1,7 +1,8 @@
 """``flash-sfa pretrain``: train a recipe's model on token shards and leave one result row.
 
 Several GPUs, one process each: ``torchrun --nproc-per-node 4 -m flash_sfa.train.pretrain RECIPE --out DIR`` or
-``accelerate launch -m flash_sfa.train.pretrain RECIPE --out DIR`` (DDP; train.batch is that of all together).
+``accelerate launch -m flash_sfa.train.pretrain RECIPE --out DIR`` (DDP, or FSDP2 with train.fsdp; train.batch is that
+of all together).
 
 Files in --out: ``recipe.json`` (what ran), ``log.jsonl`` (the curve), ``checkpoint.pt`` (train.save_every),
 ``tensorboard/``,
@@ -42,8 +43,7 @@ def token_losses(model: Any, inputs: Tensor, targets: Tensor, bf16: bool) -> Ten
     """Cross entropy of every target, fp32 (b, n); 0 where the target is -100. inputs, targets int64 (b,
     n)."""
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-        hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden)
+        logits = model(input_ids=inputs, use_cache=False).logits
     flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
     return flat.view(targets.shape)
 
@@ -66,8 +66,9 @@ def evaluate(
     tokens = data.tokens if limit <= 0 else min(limit, data.tokens)
     starts = list(range(0, tokens - 1, context))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for first in range(dist.rank() * batch, len(starts), dist.size() * batch):
-        rows = []
+    rounds = -(-len(starts) // (dist.size() * batch))  # the same for all processes, as FSDP needs
+    for first in range(dist.rank() * batch, rounds * dist.size() * batch, dist.size() * batch):
+        rows = [torch.full((context + 1,), IGNORE)] if first >= len(starts) else []
         for start in starts[first : first + batch]:
             row = torch.from_numpy(data.read(start, min(context + 1, tokens - start)))
             rows.append(F.pad(row, (0, context + 1 - len(row)), value=IGNORE))
@@ -268,18 +269,21 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     model = models.build_model(recipe, task.vocab_size).to(device).train()
-    optimizer = _optimizer(model, recipe, device)
     total, active = models.count_parameters(model, recipe)
-    wrapped = _Loss(model, torch.compile(task.loss, dynamic=False) if spec.compile else task.loss)
+    flops = flops_per_token(model, recipe)
+    if spec.fsdp:
+        dist.shard(model, models.blocks(model), compiled=spec.compile)
+    optimizer = _optimizer(model, recipe, device)
+    whole = spec.compile and not spec.fsdp  # a sharded model is compiled block by block
+    wrapped = _Loss(model, torch.compile(task.loss, dynamic=False) if whole else task.loss)
     loss_fn: Callable[..., Tensor] = wrapped
     ddp: DistributedDataParallel | None = None
-    if processes > 1:
+    if processes > 1 and not spec.fsdp:
         # Not split into buckets for overlap: the whole backward is one graph, as with one process.
         torch._dynamo.config.optimize_ddp = False
         loss_fn = ddp = DistributedDataParallel(wrapped)
     device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     peak = peak_flops(device_name, spec.peak_tflops) if isinstance(task, TextTask) else None
-    flops = flops_per_token(model, recipe)
 
     progress = torch.zeros((), device=device)
     models.follow_progress(model, recipe, progress)
@@ -287,9 +291,8 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     begin = 0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(checkpoint, map_location="cpu" if spec.fsdp else device, weights_only=True)
+        dist.load_state(model, optimizer, state, sharded=spec.fsdp)
         begin = int(state["step"])
     if first:
         kept = log_file.read_text().splitlines() if begin and log_file.is_file() else []
@@ -354,7 +357,7 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
                     "tokens": now * spec.batch * m.context,
                     "loss": loss_now,
                     "lr": rate,
-                    "grad_norm": float(norm),
+                    "grad_norm": dist.number(norm),
                     "tokens_per_s": round(speed),
                 }
                 shown = {"loss": f"{loss_now:.3f}", "tokens/s": f"{speed:.3g}"}
@@ -380,8 +383,10 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
                     for key, value in curve.items():
                         board.add_scalar(f"val/{key}", value, now)
                 paused += time.monotonic() - pause
-            if spec.save_every and now % spec.save_every == 0 and first:
-                _save(checkpoint, _state(model, optimizer, now))
+            if spec.save_every and now % spec.save_every == 0 and (first or spec.fsdp):
+                state = {**dist.state(model, optimizer, sharded=spec.fsdp), "step": now}
+                if first:
+                    _save(checkpoint, state)
             done = now
             if stopped:
                 break
@@ -391,8 +396,12 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     _sync(device)
     speed = _speed(timed_from, done, paused, spec.batch * m.context)
     seconds = time.monotonic() - began
-    if spec.save_last and first:
-        model.save_pretrained(out / "model")
+    if spec.save_last and (first or spec.fsdp):
+        weights = dist.state(model, optimizer, sharded=spec.fsdp)["model"]
+        if first:
+            tied = model._tied_weights_keys or ()
+            weights = {name: x for name, x in weights.items() if name not in tied}
+            model.save_pretrained(out / "model", state_dict=weights)
     row = {
         "bench": "pretrain" if isinstance(task, TextTask) else "niah",
         "experiment": recipe.experiment,
@@ -422,8 +431,8 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     model.eval()
     progress.fill_(1.0)
     row.update(task.results(model, device))
-    if isinstance(task, TextTask) and task.val and recipe.eval.statistics and first:
-        qkv = out / "qkv.pt" if recipe.eval.save_qkv else None
+    if isinstance(task, TextTask) and task.val and recipe.eval.statistics and (first or spec.fsdp):
+        qkv = out / "qkv.pt" if recipe.eval.save_qkv and first else None
         row["codes"] = observe(model, next(iter(task.val.values())), recipe, device, qkv)
     row["quantized"] = _quantized(model, task, recipe, device)
     row["total_s"] = round(time.monotonic() - began, 1)
@@ -471,10 +480,6 @@ def _quantized(model: Any, task: TextTask | NeedleTask, recipe: Recipe, device: 
     for at in chosen:
         at.k_bits = None
     return out
-
-
-def _state(model: Any, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
 
 
 def _sync(device: str) -> None:

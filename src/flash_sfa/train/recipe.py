@@ -108,6 +108,7 @@ class TrainSpec:
     """The run: tokens seen, rows a step, learning rate and the like. max_seconds 0 = no limit.
 
     batch counts the rows of a step over all processes, micro_batch those of one forward pass in one process.
+    fsdp: shard the model, its gradients and the optimizer over the processes (FSDP2) instead of copying it (DDP).
     tensorboard: write logs for it where it is installed. peak_tflops: what MFU is measured against, 0 = by device.
     """
 
@@ -126,6 +127,7 @@ class TrainSpec:
     device: str = "auto"
     bf16: bool = True
     compile: bool = True
+    fsdp: bool = False
     save_every: int = 0
     save_last: bool = False
     log_every: int = 20
@@ -313,6 +315,8 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"model.{name} must be at least 1, got {getattr(model, name)}")
     if model.alibi and model.family != "hybrid":
         raise ValueError(f"model.alibi needs model.family hybrid, got {model.family!r}")
+    if train.fsdp and recipe.needle.train_lengths:
+        raise ValueError("train.fsdp is for training on text; the needle task tests on one process")
     if model.alibi and at.path == "op":
         raise ValueError("attention.path op has no model.alibi; use path mask")
     if train.batch < 1 or train.batch % (train.micro_batch or train.batch):
