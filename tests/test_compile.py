@@ -4,6 +4,7 @@ Backend "aot_eager" always; "inductor" as well where a C++ compiler is found.
 """
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -219,3 +220,16 @@ def test_export_keeps_the_operators() -> None:
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {"flash_sfa.topk_kept.default", "flash_sfa.attention.default"} <= called
     assert torch.equal(program.module()(*inputs), Attend()(*inputs))
+
+
+def test_asking_for_triton_warns_of_nothing_under_compile() -> None:
+    """On CUDA every compiled call asks."""
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if ops.triton_missing() is None else x - 1
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(2))
+    assert torch.equal(out, ask(torch.zeros(2)))

@@ -4,7 +4,6 @@
 ``topk`` is the straight-through gradient on the selected coordinates, which is ``expand`` again.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,14 +17,19 @@ def index_dtype(dim: int) -> torch.dtype:
     return torch.uint8 if dim <= 256 else torch.int16
 
 
-@functools.cache
+_triton: list[str | None] = []  # what triton_missing found; torch.compile warns of functools.cache
+
+
 def triton_missing() -> str | None:
     """None if the Triton kernels import here, else the reason."""
-    try:
-        from .impl import triton_codes  # noqa: F401
-    except Exception as error:  # a broken Triton may raise anything
-        return f"{type(error).__name__}: {error}"
-    return None
+    if not _triton:
+        try:
+            from .impl import triton_codes  # noqa: F401
+        except Exception as error:  # a broken Triton may raise anything
+            _triton.append(f"{type(error).__name__}: {error}")
+        else:
+            _triton.append(None)
+    return _triton[0]
 
 
 def _function(name: str, impl: str, x: Tensor) -> Callable[..., Any]:
