@@ -2,7 +2,8 @@
 
     python benchmarks/scout.py recipes/scout/queue.yaml --out runs/scout --gpus 0,1 --per-gpu 2 --budget 1200
 
-The queue is a YAML list of ``{name, recipe, set}``; ``recipe`` is relative to the queue file. Each run is a
+The queue is a YAML list of ``{name, recipe, set}``; ``recipe`` is relative to the queue file. With ``start: NAME``
+a run waits for another of the queue and begins with its model (that one needs train.save_last). Each run is a
 process of its own with one GPU (``--gpus cpu`` for none). A run that fails or outlasts ``--run-limit`` is
 noted and the next one starts. Start again with the same --out to go on: finished runs are kept, others
 restart (or resume where the recipe saves checkpoints). On another machine, --done names files of rows from
@@ -53,9 +54,11 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
     entries = yaml.safe_load(path.read_text())
     names = set()
     for entry in entries:
-        unknown = set(entry) - {"name", "recipe", "set"}
+        unknown = set(entry) - {"name", "recipe", "set", "start"}
         if unknown or "name" not in entry or "recipe" not in entry:
-            raise SystemExit(f"{path}: an entry needs name and recipe, may have set; got {entry}")
+            raise SystemExit(f"{path}: an entry needs name and recipe, may have set and start; got {entry}")
+        if "start" in entry and entry["start"] not in names:
+            raise SystemExit(f"{path}: {entry['name']!r} starts from {entry['start']!r}, which does not come before it")
         if entry["name"] in names:
             raise SystemExit(f"{path}: the name {entry['name']!r} comes twice")
         names.add(entry["name"])
@@ -88,7 +91,8 @@ def tokens_of(entry: dict[str, Any], overrides: list[str]) -> int:
 
 def settings(entry: dict[str, Any]) -> list[str]:
     """The overrides of an entry as the command takes them."""
-    return [f"{key}={json.dumps(value)}" for key, value in (entry.get("set") or {}).items()]
+    values = {**({"train.start": entry["start"]} if "start" in entry else {}), **(entry.get("set") or {})}
+    return [f"{key}={json.dumps(str(value) if isinstance(value, Path) else value)}" for key, value in values.items()]
 
 
 class Scout:
@@ -105,6 +109,7 @@ class Scout:
         self.durations: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
         self.children: list[subprocess.Popen[bytes]] = []
+        self.needed: set[str] = set()  # names that later runs start from
         (out / "runs").mkdir(parents=True, exist_ok=True)
         earlier = {row["name"] for row in read_rows(done) if row.get("complete")}
         self.have = earlier | {row["name"] for row in read_rows([out / "rows.jsonl"])}
@@ -189,6 +194,23 @@ class Scout:
             self.note()
         return target / "row.json"
 
+    def model(self, name: str) -> Path:
+        return self.out / "runs" / name / "model"
+
+    def wait_for(self, entry: dict[str, Any]) -> bool:
+        """Wait for the run that this one starts from; False, and a note, if there is no need or no such model."""
+        other, name = entry["start"], entry["name"]
+        if name in self.have:
+            self.done.append(name)
+            return False
+        while other in self.running or other not in {*self.failed, *self.skipped, *self.done}:
+            time.sleep(0.5)
+        if not self.model(other).exists():
+            self.skipped.append(name)
+            return False
+        entry["start"] = self.model(other)
+        return True
+
     def worker(self, gpu: str, jobs: "queue.Queue[dict[str, Any]]") -> None:
         while True:
             try:
@@ -196,8 +218,10 @@ class Scout:
             except queue.Empty:
                 return
             name = entry["name"]
+            if "start" in entry and not self.wait_for(entry):
+                continue
             with self.lock:
-                if name in self.have:
+                if name in self.have and not (name in self.needed and not self.model(name).exists()):
                     self.done.append(name)
                     continue
                 if self.elapsed() + self.estimate(name) > self.budget:
@@ -327,6 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     entries = [entry for file in args.queue for entry in read_queue(file)]
     if args.only:
         entries = [entry for entry in entries if entry["name"] in args.only.split(",")]
+    left = [entry for entry in entries if entry["name"] not in scout.have]
+    scout.needed = {entry["start"] for entry in left if "start" in entry}
     scout.tokens = {entry["name"]: tokens_of(entry, args.overrides) for entry in entries}
     if len(scout.tokens) < len(entries):
         raise SystemExit("a name comes in two queues")

@@ -619,6 +619,34 @@ def test_scout_runs_a_queue_past_a_failure(
     assert [row["name"] for row in again] == ["two"]
 
 
+def test_scout_starts_runs_from_the_models_of_others(scout: ModuleType, data_root: Path, tmp_path: Path) -> None:
+    """It waits for the model, makes it again if an earlier lease had only the row, and skips what lacks one."""
+    import yaml
+
+    tree = tiny(data_root, train={"tokens": 8 * 32, "save_every": 0, "save_last": True})
+    tree["attention"] = {"kind": "dense"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({key: value for key, value in tree.items() if key != "name"}))
+    none = {"train.tokens": 0, "train.save_last": False}
+    entries = [
+        {"name": "dense", "recipe": "r.yaml"},
+        {"name": "broken", "recipe": "r.yaml", "set": {"train.lr": "fast"}},
+        {"name": "after", "recipe": "r.yaml", "start": "dense", "set": none},
+        {"name": "never", "recipe": "r.yaml", "start": "broken", "set": none},
+    ]
+    (tmp_path / "q.yaml").write_text(yaml.safe_dump(entries))
+    (tmp_path / "done.jsonl").write_text(json.dumps({"name": "dense", "complete": True}) + "\n")
+    arguments = [str(tmp_path / "q.yaml"), "--out", str(tmp_path / "o"), "--gpus", "cpu", "--per-gpu", "2"]
+    scout.main([*arguments, "--done", str(tmp_path / "done.jsonl")])
+    rows = {row["name"]: row for row in scout.read_rows([tmp_path / "o/rows.jsonl"])}
+    assert rows.keys() == {"dense", "after"} and rows["after"]["tokens"] == 0
+    assert rows["after"]["val"]["all"] == pytest.approx(rows["dense"]["val"]["all"], rel=1e-5)
+    status = json.loads((tmp_path / "o/status.json").read_text())
+    assert list(status["failed"]) == ["broken"] and status["skipped"] == ["never"]
+    (tmp_path / "q.yaml").write_text(yaml.safe_dump(entries[::-1]))
+    with pytest.raises(SystemExit, match="does not come before"):
+        scout.main(arguments)
+
+
 def test_scout_starts_only_what_its_estimate_lets_finish(scout: ModuleType, tmp_path: Path) -> None:
     driver = scout.Scout(tmp_path, [], 100.0, 900.0, [])
     assert driver.estimate("a-s0") == 0

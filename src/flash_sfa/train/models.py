@@ -1,5 +1,6 @@
 """Transformers models from recipes."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,6 +141,27 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
         if module.sfa_train.map_dim:
             attention.add_maps(module, m.heads, m.kv_heads or m.heads, m.head_dim, at.map_dim)
     return model
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load the weights of a saved model of the same shapes; tied ones are stored once.
+
+    Raises:
+        ValueError: no such file, or weights that do not fit, with their names.
+    """
+    from safetensors.torch import load_file
+
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"train.start: {file} does not exist")
+    try:
+        missing, unknown = model.load_state_dict(load_file(file), strict=False)
+    except RuntimeError as error:  # other shapes
+        raise ValueError(f"train.start: {error}") from error
+    tied: Any = getattr(model, "_tied_weights_keys", None) or ()
+    missing = [name for name in missing if name not in tied and "sfa_" not in name]
+    if missing or unknown:
+        raise ValueError(f"train.start: {file} lacks {missing} and has {unknown} beside the model's weights")
 
 
 def _chosen(config: Any, layer: int) -> bool:

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import dist, models
 from .attention import key_bytes
+from .basis import rebase
 from .flops import flops_per_token, peak_flops
 from .needle import NeedleTask
 from .recipe import Recipe, load_recipe
@@ -269,6 +270,10 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     model = models.build_model(recipe, task.vocab_size).to(device).train()
+    if spec.start:
+        models.load_weights(model, Path(spec.start))
+    if recipe.attention.basis:
+        rebase(model, recipe, task.rows(0)[: recipe.eval.batch, :-1].to(device))
     total, active = models.count_parameters(model, recipe)
     flops = flops_per_token(model, recipe)
     if spec.fsdp:
@@ -465,6 +470,8 @@ def _tensorboard(out: Path, begin: int) -> Any:
 def _last_loss(log_file: Path, steps: int) -> float:
     """Mean logged loss of the last 5% of the steps (at least the last entry)."""
     entries = [e for e in map(json.loads, log_file.read_text().splitlines()) if "loss" in e]
+    if steps == 0:
+        return math.nan
     last = [e["loss"] for e in entries if e["step"] > 0.95 * steps] or [entries[-1]["loss"]]
     return float(sum(last) / len(last))
 

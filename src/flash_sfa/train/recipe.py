@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 FAMILIES = ("gpt2", "rotary", "hybrid", "qwen3")
 KINDS = ("dense", "narrow", "sfa")
 PATHS = ("mask", "op")
+BASES = ("", "none", "random", "pca", "fit")
 IDEAS = (
     "shrink",
     "split_signs",
@@ -70,6 +71,8 @@ class AttentionSpec:
         RoPE, where there is one); they begin so that scores without top-k do not change.
     share: all heads keep the same features, those with the largest sum of squares over them.
     drop: pairs without a common feature weigh 0 instead of e^0.
+    basis: "none", "random", "pca" or "fit" change the basis of q and k of a model that train.start loads, see
+        ``flash_sfa.train.basis``; the dense model stays the same. "" leaves the weights alone.
     center: keys lose the running mean of their head before top-k; without top-k that would change no softmax.
     """
 
@@ -80,6 +83,7 @@ class AttentionSpec:
     topk_k: int | None = None
     dense_dims: int = 0
     path: str = "mask"
+    basis: str = ""
     shrink: bool = False
     split_signs: bool = False
     anneal: float = 0.0
@@ -108,6 +112,8 @@ class TrainSpec:
     """The run: tokens seen, rows a step, learning rate and the like. max_seconds 0 = no limit.
 
     batch counts the rows of a step over all processes, micro_batch those of one forward pass in one process.
+    start: folder of a model to begin with (a run's ``model/``, from train.save_last) instead of fresh weights; then
+        tokens may be 0, which only evaluates.
     fsdp: shard the model, its gradients and the optimizer over the processes (FSDP2) instead of copying it (DDP).
     tensorboard: write logs for it where it is installed. peak_tflops: what MFU is measured against, 0 = by device.
     """
@@ -127,6 +133,7 @@ class TrainSpec:
     device: str = "auto"
     bf16: bool = True
     compile: bool = True
+    start: str = ""
     fsdp: bool = False
     save_every: int = 0
     save_last: bool = False
@@ -297,6 +304,7 @@ def _check(recipe: Recipe) -> None:
         (model.family, FAMILIES, "model.family"),
         (at.kind, KINDS, "attention.kind"),
         (at.path, PATHS, "attention.path"),
+        (at.basis, BASES, "attention.basis"),
         (train.schedule, SCHEDULES, "train.schedule"),
     ):
         if value not in allowed:
@@ -315,13 +323,15 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"model.{name} must be at least 1, got {getattr(model, name)}")
     if model.alibi and model.family != "hybrid":
         raise ValueError(f"model.alibi needs model.family hybrid, got {model.family!r}")
+    if at.basis and (not train.start or at.kind == "dense" or at.map_dim or at.topk_q is not None):
+        raise ValueError("attention.basis needs train.start, kind sfa with q whole, or narrow, and no map_dim")
     if train.fsdp and recipe.needle.train_lengths:
         raise ValueError("train.fsdp is for training on text; the needle task tests on one process")
     if model.alibi and at.path == "op":
         raise ValueError("attention.path op has no model.alibi; use path mask")
     if train.batch < 1 or train.batch % (train.micro_batch or train.batch):
         raise ValueError(f"train.batch={train.batch} must be a multiple of train.micro_batch={train.micro_batch}")
-    if train.tokens < train.batch * model.context:
+    if train.tokens < train.batch * model.context and not (train.start and train.tokens == 0):
         raise ValueError(f"train.tokens={train.tokens} is less than one step, {train.batch * model.context}")
     if at.kind == "sfa":
         if at.topk_k is None and at.topk_q is None:
