@@ -1,59 +1,30 @@
 """The Transformers integration on tiny random models: same tokens with and without the sparse cache."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 import transformers as hf
 
 import flash_sfa.integrations.transformers as sfa_hf
+import tiny_models
+from flash_sfa.integrations import sparse_cache
 from flash_sfa.integrations.transformers import (
     SFACache,
     disable_sfa,
     enable_sfa,
-    register_dense,
     register_narrow,
 )
-
-SMALL = {
-    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
-
-
-def mimo() -> hf.PreTrainedModel:
-    config = hf.MiMoV2FlashConfig(
-        **SMALL, head_dim=32, v_head_dim=16,
-        rope_parameters={
-            "full_attention": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}
-        },
-        layer_types=["full_attention"] * 2, mlp_layer_types=["dense"] * 2,
-    )  # fmt: skip
-    register_dense()
-    return hf.AutoModelForCausalLM.from_config(config, attn_implementation="sfa_dense")
-
+from tiny_models import SMALL, generate, prompt
 
 MODELS = {
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=None)
-    ),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SMALL, head_dim=16)),
-    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SMALL, sliding_window=8)),
-    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(
-        hf.GPTNeoXConfig(
-            vocab_size=99,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=None,
-        )  # fmt: skip
-    ),
-    "mimo": mimo,
+    "gpt2": tiny_models.MODELS["GPT-2"],
+    "llama": tiny_models.MODELS["Llama"],
+    "qwen3": tiny_models.MODELS["Qwen3"],
+    "mistral": tiny_models.MODELS["Mistral"],
+    "gemma3": tiny_models.MODELS["Gemma 3"],
+    "mimo": tiny_models.MODELS["MiMo-V2-Flash"],
 }
 
 
@@ -63,150 +34,334 @@ def model(request):
     return MODELS[request.param]().eval()
 
 
-def head_dim(model):
-    return sfa_hf._head_dim(model.config)
+MODES = {
+    "greedy": {},
+    "sample": {"do_sample": True, "num_return_sequences": 3},
+    "beam": {"num_beams": 3},
+    "beam sample": {"num_beams": 4, "num_return_sequences": 2, "do_sample": True},
+    "chunked": {"prefill_chunk_size": 4},
+    "chunks of one": {"prefill_chunk_size": 1},
+    "static": {"cache_implementation": "static"},
+}
 
 
-def prompt(rows=3, length=11, pad=True):
-    ids = torch.randint(2, 99, (rows, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    if pad:
-        for row, zeros in enumerate((0, 3, 5)[:rows]):
-            ids[row, :zeros], mask[row, :zeros] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generate(model, inputs, **kwargs):
-    torch.manual_seed(5)
-    kwargs = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **kwargs}
-    return model.generate(**inputs, **kwargs)
-
-
-@torch.no_grad()
-def test_full_topk_equals_dense(model):
-    inputs = prompt(pad=False)
-    dense = model(**inputs).logits
-    tokens = generate(model, inputs)
-    enable_sfa(model, topk=head_dim(model))
-    torch.testing.assert_close(model(**inputs).logits, dense, atol=2e-5, rtol=1e-4)
-    assert torch.equal(generate(model, inputs), tokens)
-    enable_sfa(model, topk=3)
-    assert (model(**inputs).logits - dense).abs().max() > 1e-3  # topk=3 is another model: the path ran
-    disable_sfa(model)
-    torch.testing.assert_close(model(**inputs).logits, dense, atol=0, rtol=0)
+def uncached(model, inputs, mode):
+    mode = {k: v for k, v in mode.items() if k not in ("prefill_chunk_size", "cache_implementation")}
+    return generate(model, inputs, use_cache=False, **mode)
 
 
 @pytest.mark.parametrize(
-    "mode",
+    ("name", "mode"),
     [
-        {},
-        {"do_sample": True, "num_return_sequences": 3},
-        {"num_beams": 3},
-        {"prefill_chunk_size": 4},
+        *(("qwen3", mode) for mode in MODES),
+        *((name, mode) for name in ("gpt2", "mimo") for mode in ("beam", "chunked")),
+        *((name, "greedy") for name in MODELS if name != "qwen3"),
     ],
-    ids=["greedy", "sample", "beam", "chunked"],
 )
-def test_cached_equals_uncached(model, mode):
-    enable_sfa(model, topk=4)
-    inputs = prompt()
-    cached = generate(model, inputs, **mode)
-    mode = {key: value for key, value in mode.items() if key != "prefill_chunk_size"}
-    assert torch.equal(cached, generate(model, inputs, use_cache=False, **mode))
+def test_cached_equals_uncached(name, mode):
+    torch.manual_seed(0)
+    model, mode = enable_sfa(MODELS[name]().eval(), topk=4), MODES[mode]
+    assert torch.equal(generate(model, prompt(), **mode), uncached(model, prompt(), mode))
 
 
-def test_generate_uses_the_sparse_cache(model, monkeypatch):
+SETTINGS = {
+    "dense query": {"topk": (None, 4)},
+    "dense key": {"topk": (4, None)},
+    "pair": {"topk": (6, 3)},
+    "always on": {"topk": 3, "dense_dims": [0, 3]},
+    "by layer": {"topk": [2, 7]},
+    "by head": {"topk": [[2, 7], 3]},
+    "by query head": {"topk": [(None, 3), [2, 3, 7, 1]]},
+    "one layer": {"topk": 3, "layers": [1]},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_settings_cached_equals_uncached(setting, tmp_path):
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"]().eval(), **setting)
+    tokens = generate(model, prompt())
+    assert torch.equal(tokens, generate(model, prompt(), use_cache=False))
+    with torch.no_grad():
+        logits = model(**prompt()).logits
+        model.save_pretrained(tmp_path)
+        loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sfa")
+        assert loaded.config.sfa == model.config.sfa
+        assert torch.equal(loaded(**prompt()).logits, logits)
+        assert torch.equal(enable_sfa(loaded, **loaded.config.sfa)(**prompt()).logits, logits)
+
+
+@torch.no_grad()
+def test_topk_of_a_head_and_of_a_layer():
+    torch.manual_seed(0)
+    model = MODELS["qwen3"]().eval()
+    attend = model.model.layers[1].self_attn
+    q, k, v = (torch.randn(2, heads, 5, 16) for heads in (4, 2, 2))
+
+    def out(topk):
+        enable_sfa(model, topk=topk)
+        return sfa_hf._sfa_forward(attend, q, k, v, None, scaling=0.25)[0]
+
+    assert torch.equal(out([3, [2, 7]])[:, :, :2], out([9, 2])[:, :, :2])
+    assert torch.equal(out([3, [2, 7]])[:, :, 2:], out([9, 7])[:, :, 2:])
+    by_query = out([3, [2, 5, 7, 7]])
+    assert torch.equal(by_query[:, :, :1], out([3, (2, 5)])[:, :, :1])
+    assert torch.equal(by_query[:, :, 1:2], out([3, 5])[:, :, 1:2])
+
+
+def test_a_cached_step_reads_codes_only(model, monkeypatch):
     enable_sfa(model, topk=4)
-    seen = []
-    forward = sfa_hf.sfa_attention
-    monkeypatch.setattr(sfa_hf, "sfa_attention", lambda q, k, v, **kw: seen.append(type(k)) or forward(q, k, v, **kw))
+    prefills, steps = [], []
+    forward, decode = sfa_hf.sfa_attention, sfa_hf.sfa_attention_with_kvcache
+    monkeypatch.setattr(sfa_hf, "sfa_attention", lambda q, k, v, **kw: prefills.append(k) or forward(q, k, v, **kw))
+    monkeypatch.setattr(
+        sfa_hf, "sfa_attention_with_kvcache", lambda q, kv, **kw: steps.append(type(q)) or decode(q, kv, **kw)
+    )
     out = generate(model, prompt(), return_dict_in_generate=True)
-    assert seen and set(seen) == {sfa_hf.SparseCode}
     cache = out.past_key_values
     assert isinstance(cache, SFACache)
-    dense = hf.DynamicCache(config=model.config)
-    disable_sfa(model)
-    model(**prompt(), past_key_values=dense)
-    layer, own = cache.layers[0], dense.layers[0]
-    tokens, dense_tokens = layer.values.shape[-2], own.values.shape[-2]
-    d = own.keys.shape[-1]
-    per_token = sum(x.nbytes for x in (layer.keys, layer.key_indices, layer.key_dense)) / tokens
-    assert per_token == own.keys.nbytes / dense_tokens * (4 * (4 + 1)) / (4 * d)
+    assert len(prefills) == 2 and all(type(k).__name__ == "SparseCode" for k in prefills)
+    assert len(steps) == 22
+    assert [layer.counts() for layer in cache.layers] == [[22, 19, 17]] * 2
+    stored = sum(layer.kv.seq_lengths().sum().item() for layer in cache.layers)
+    assert stored == 2 * (22 + 19 + 17)
+    heads = cache.layers[0].kv.num_kv_heads
+    assert cache.key_nbytes() == stored * heads * 4 * (4 + 1)
+    assert cache.value_nbytes() == stored * heads * cache.layers[0].kv.v_head_dim * 4
+    assert cache.nbytes() >= cache.key_nbytes() + cache.value_nbytes()
+    for layer in cache.layers:
+        assert layer.keys is None and layer.values is None
 
 
-def test_continue_a_conversation():
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@pytest.mark.parametrize("mode", ["greedy", "beam sample", "chunked", "prompt_lookup"])
+def test_windowed_layers_keep_their_window(name, mode, monkeypatch):
+    monkeypatch.setattr(sparse_cache, "SLACK", 1)
     torch.manual_seed(0)
-    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
-    inputs = prompt(rows=1, pad=False)
+    model = enable_sfa(MODELS[name]().eval(), topk=4)
+    inputs, kwargs = prompt(), MODES.get(mode, {})
+    if mode == "prompt_lookup":
+        inputs, kwargs = looked_up(), {"prompt_lookup_num_tokens": 3}
+    cache = SFACache(model.config)
+    tokens = generate(model, inputs, past_key_values=cache, max_new_tokens=30, **kwargs)
+    kwargs = {} if mode == "prompt_lookup" else kwargs
+    kwargs = {k: v for k, v in kwargs.items() if k != "prefill_chunk_size"}
+    assert torch.equal(tokens, generate(model, inputs, max_new_tokens=30, use_cache=False, **kwargs))
+    windowed = [layer for layer in cache.layers if layer.is_sliding]
+    assert windowed and all(layer.start > 0 for layer in windowed), "nothing was given up"
+    assert all(max(layer.counts()) <= 2 * (8 - 1 + 1) for layer in windowed)
+
+
+def test_continue_a_conversation(model):
+    enable_sfa(model, topk=4)
+    inputs = prompt()
     cache = SFACache(model.config)
     first = generate(model, inputs, past_key_values=cache)
-    longer = torch.cat([first, torch.tensor([[7, 8, 9]])], dim=1)
-    second = generate(model, {"input_ids": longer}, past_key_values=cache)
-    assert torch.equal(second, generate(model, {"input_ids": longer}, use_cache=False))
+    more = torch.tensor([[7, 8, 9, 10]] * 3)
+    turn = {
+        "input_ids": torch.cat([first, more], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(3, 16, dtype=torch.long)], dim=1),
+    }
+    second = generate(model, turn, past_key_values=cache)
+    assert torch.equal(second, generate(model, turn, use_cache=False))
+    # A turn padded in the middle of the rows.
+    holes = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+    turn["input_ids"] = torch.cat([second, more * holes], dim=1)
+    turn["attention_mask"] = torch.cat([turn["attention_mask"], torch.ones(3, 12, dtype=torch.long), holes], dim=1)
+    third = generate(model, turn, past_key_values=cache)
+    assert cache.layers[0].kv.seq_lengths(cache.layers[0].ids).tolist() == cache.layers[0].counts()
+    if model.config.model_type not in ("mistral", "gemma3_text"):  # whose window counts padding where there is no cache
+        assert torch.equal(third, generate(model, turn, use_cache=False))
+
+
+def looked_up():
+    inputs = prompt(rows=1, pad=False)
+    ids = inputs["input_ids"].repeat(1, 2)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])
-def test_assisted_generation(mode):
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+def test_assisted_generation(mode, name, monkeypatch):
     torch.manual_seed(0)
-    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
-    inputs = prompt(rows=1, pad=False)
-    inputs["input_ids"] = inputs["input_ids"].repeat(1, 2)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    model = enable_sfa(MODELS[name]().eval(), topk=4)
+    inputs = looked_up()
     crops = []
-    crop = sfa_hf._SparseKeys.crop
-    sfa_hf._SparseKeys.crop = lambda self, n: crops.append(n) or crop(self, n)
-    try:
-        if mode == "prompt_lookup":
-            assisted = generate(model, inputs, prompt_lookup_num_tokens=3)
-        else:
-            assisted = generate(model, inputs, assistant_model=enable_sfa(copy.deepcopy(model), topk=2))
-    finally:
-        sfa_hf._SparseKeys.crop = crop
-    assert crops
+    crop = sparse_cache.SFALayer.crop
+    monkeypatch.setattr(sparse_cache.SFALayer, "crop", lambda self, n: crops.append(n) or crop(self, n))
+    if mode == "prompt_lookup":
+        assisted = generate(model, inputs, prompt_lookup_num_tokens=3)
+    else:
+        assisted = generate(model, inputs, assistant_model=enable_sfa(MODELS[name]().eval(), topk=2))
+    assert any(n < 0 for n in crops)
     assert torch.equal(assisted, generate(model, inputs, use_cache=False))
 
 
-@torch.no_grad()
-def test_causal_and_padding(model):
-    enable_sfa(model, topk=4)
-    inputs = prompt(rows=2, pad=False)
-    logits = model(**inputs).logits
-    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
-    changed["input_ids"][:, -1] = 5
-    assert torch.equal(model(**changed).logits[:, :-1], logits[:, :-1])
-
-    padded = prompt(rows=2)
-    positions = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    with_padding = model(**padded, position_ids=positions).logits[1, 3:]
-    alone = model(input_ids=padded["input_ids"][1:, 3:]).logits[0]
-    torch.testing.assert_close(with_padding, alone, atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "mistral"])
-@torch.no_grad()
-def test_packing_equals_separate_documents(name, monkeypatch):
+def test_the_cache_grows_and_8_bit_values(monkeypatch):
+    monkeypatch.setattr(sparse_cache, "_ROOM", 1)
     torch.manual_seed(0)
-    model = enable_sfa(MODELS[name]().eval(), topk=4)
-    ids = prompt(rows=1, length=17, pad=False)["input_ids"]
-    alone = torch.cat([model(input_ids=part).logits for part in (ids[:, :6], ids[:, 6:])], dim=1)
-    positions = torch.cat([torch.arange(6), torch.arange(11)])[None]
-    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
+    caches = {
+        name: SFACache(model.config, page_size=2, **options)
+        for name, options in {
+            "exact": {}, "sized": {"max_length": 40}, "int8": {"v_dtype": torch.int8}, "loose": {"tolerance": 0.05}
+        }.items()
+    }  # fmt: skip
+    out = {
+        name: generate(
+            model,
+            prompt(),
+            past_key_values=cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+            max_new_tokens=30,
+        )
+        for name, cache in caches.items()
+    }
+    exact = out["exact"]
+    assert torch.equal(exact.sequences, generate(model, prompt(), use_cache=False, max_new_tokens=30))
+    assert torch.equal(out["sized"].sequences, exact.sequences)
+    pages = {name: cache.layers[0].kv.num_pages for name, cache in caches.items()}
+    assert pages["sized"] == 3 * 20 and pages["exact"] == 4 * 3 * 6, "it began with 6 pages a row and doubled twice"
+    for name in ("int8", "loose"):
+        # The second step is the first that reads the cache.
+        gap = (out[name].logits[1] - exact.logits[1]).abs().max()
+        assert 0 < gap < 0.05
+    assert caches["int8"].value_nbytes() == caches["exact"].value_nbytes() // 64 * 18
 
-    calls = []
-    varlen = sfa_hf.sfa_attention_varlen
-    monkeypatch.setattr(sfa_hf, "sfa_attention_varlen", lambda *a, **kw: calls.append(1) or varlen(*a, **kw))
-    cu = torch.tensor([0, 6, 17], dtype=torch.int32)
-    packed = model(
-        input_ids=ids,
-        position_ids=positions,
-        use_cache=False,
-        cu_seq_lens_q=cu,
-        cu_seq_lens_k=cu,
-        max_length_q=11,
-        max_length_k=11,
+
+@torch.no_grad()
+def test_long_chunks_and_copies():
+    """More than 16 new tokens over a filled cache go another way; a copy of a cache is a cache of its own."""
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["gemma3"]().eval(), topk=4)
+    inputs = prompt(rows=2, length=70)
+    whole = generate(model, inputs, use_cache=False)
+    assert torch.equal(generate(model, inputs, prefill_chunk_size=30), whole)
+    cache = SFACache(model.config)
+    first = {name: x[:, :40] for name, x in inputs.items()}
+    generate(model, first, past_key_values=cache, max_new_tokens=1)
+    twin = copy.deepcopy(cache)
+    assert torch.equal(generate(model, inputs, past_key_values=cache), whole)
+    assert twin.get_seq_length() == 40
+    assert torch.equal(generate(model, inputs, past_key_values=twin), whole)
+
+
+def test_the_cache_knows_its_window():
+    """Also for a model that does not tell the attention function."""
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["mistral"]().eval(), topk=4)
+    wanted = generate(model, prompt(), max_new_tokens=20)
+    hf.AttentionInterface.register("sfa", lambda *a, sliding_window, **kw: sfa_hf._sfa_forward(*a, **kw))
+    try:
+        assert torch.equal(generate(model, prompt(), max_new_tokens=20), wanted)
+    finally:
+        sfa_hf.register_sfa()
+
+
+@torch.no_grad()
+def test_layers_that_share_keys_store_them_once():
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
+    attend, cache = model.model.layers[0].self_attn, SFACache(model.config)
+    for n in (5, 1, 20):
+        q, k, v = (torch.randn(2, heads, n, 16) for heads in (4, 2, 2))
+        key, value = cache.update(k, v, 0)
+        first, again = (sfa_hf._sfa_forward(attend, q, key, value, None, scaling=0.25)[0] for _ in range(2))
+        assert torch.equal(first, again)
+    assert cache.get_seq_length() == 26 and cache.layers[0].counts() == [26, 26]
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_own_is_applied():
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
+    ids = prompt(rows=2, pad=False)["input_ids"]
+    seen = torch.ones(11, 11, dtype=torch.bool).tril()
+    seen[6:, 2:4] = False
+    whole = model(ids, attention_mask=seen[None, None].expand(2, 1, -1, -1), use_cache=False).logits
+    cache = SFACache(model.config)
+    model(ids[:, :7], attention_mask=seen[None, None, :7, :7].expand(2, 1, -1, -1), past_key_values=cache)
+    for i, j in ((7, 10), (10, 11)):
+        part = model(ids[:, i:j], attention_mask=seen[None, None, i:j, :j], past_key_values=cache).logits
+        torch.testing.assert_close(part, whole[:, i:j], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_selected_and_repeated():
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
+    inputs = prompt()
+    ids, padding = inputs["input_ids"], inputs["attention_mask"]
+    cache = SFACache(model.config)
+    positions = (padding.cumsum(-1) - 1).clamp(min=0)
+    model(ids[:, :10], attention_mask=padding[:, :10], past_key_values=cache, position_ids=positions[:, :10])
+    rows = torch.tensor([2, 0, 2, 1])
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(rows * 2 + 1)
+    cache.reorder_cache(torch.tensor([0, 1, 2, 2]))
+    rows = rows[[0, 1, 2, 2]]
+    step = model(
+        ids[rows, 10:], attention_mask=padding[rows], past_key_values=cache, position_ids=positions[rows, 10:]
     ).logits
-    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
-    assert len(calls) == 2
+    whole = model(ids[rows], attention_mask=padding[rows], position_ids=positions[rows], use_cache=False).logits
+    torch.testing.assert_close(step[:, 0], whole[:, -1], atol=2e-5, rtol=1e-4)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes() == 0
+    assert torch.equal(generate(model, prompt(rows=2), past_key_values=cache), generate(model, prompt(rows=2)))
+
+
+def test_refused_caches():
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
+    cache = SFACache(model.config)
+    generate(model, prompt(), past_key_values=cache)
+    state = cache.key_nbytes()
+    longer = prompt(length=30)
+    with pytest.raises(ValueError, match="new SFACache"):
+        generate(model, prompt(), past_key_values=cache)  # not longer than what the cache holds
+    with pytest.raises(ValueError, match="new SFACache"):
+        generate(model, prompt(rows=2, length=30), past_key_values=cache)
+    longer["attention_mask"][:, :9] = 0
+    with pytest.raises(ValueError, match="other padding"):
+        generate(model, longer, past_key_values=cache)
+    with pytest.raises(ValueError, match="3 rows and the input has 1"):
+        model(torch.tensor([[5]]), past_key_values=cache)
+    for name in ("offloaded", "quantized"):
+        with pytest.raises((NotImplementedError, ImportError), match=f"{name}|quanto"):
+            generate(model, prompt(), cache_implementation=name)
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        with pytest.raises(TypeError, match=r"SFACache.*enable_sfa"):
+            model(torch.tensor([[5]] * 3), past_key_values=cache)
+    enable_sfa(model, topk=5)
+    with pytest.raises(ValueError, match="the cache was made for topk=4"):
+        model(torch.tensor([[5]] * 3), past_key_values=cache)
+    enable_sfa(model, topk=5, layers=[1])
+    with pytest.raises(TypeError, match="this layer is dense"):
+        model(torch.tensor([[5]] * 3), past_key_values=cache)
+    assert cache.key_nbytes() == state, "a refused step left something behind"
+    enable_sfa(model, topk=4)
+    model.train()
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with pytest.raises(NotImplementedError, match="dropout"):
+        model(torch.tensor([[5]] * 3), past_key_values=cache)
+
+
+def test_loading_without_sfa_warns(tmp_path):
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["llama"](), topk=4)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="attends by top-k features") as caught:
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sfa")
+        disable_sfa(model).save_pretrained(tmp_path)
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @torch.no_grad()
@@ -215,7 +370,8 @@ def test_setting_is_saved(tmp_path):
     model = enable_sfa(MODELS["llama"]().eval(), topk=(None, 4), dense_dims=[0, 8], layers=[1])
     logits = model(**prompt()).logits
     model.save_pretrained(tmp_path)
-    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="sfa"):
+        loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.sfa == {"topk": [None, 4], "dense_dims": [0, 8], "layers": [1]}
     assert (loaded(**prompt()).logits - logits).abs().max() > 1e-3  # not enabled yet: dense
     enable_sfa(loaded, **loaded.config.sfa)
@@ -227,7 +383,7 @@ def test_setting_is_saved(tmp_path):
 
 def test_rotary_features_are_the_first():
     torch.manual_seed(0)
-    model = enable_sfa(mimo(), topk=4, dense_dims="rotary")
+    model = enable_sfa(MODELS["mimo"](), topk=4, dense_dims="rotary")
     assert model.config.sfa["dense_dims"] == 8
     keys = {}
     for at in (0, 9):
@@ -259,22 +415,8 @@ def test_autocast_training_step_and_cache():
         cache = SFACache(model.config)
         model(input_ids=inputs["input_ids"][:, :-1], past_key_values=cache)
         step = model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache).logits[:, -1]
-    assert cache.layers[0].keys.dtype == cache.layers[0].values.dtype == torch.bfloat16
+    assert cache.layers[0].kv.dtype == torch.bfloat16
     torch.testing.assert_close(step.float(), whole.float(), atol=0.05, rtol=0.05)
-
-
-@torch.no_grad()
-def test_bidirectional_model():
-    torch.manual_seed(0)
-    model = hf.BertModel(
-        hf.BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
-    ).eval()
-    inputs = prompt(rows=2)
-    dense = model(**inputs).last_hidden_state
-    enable_sfa(model, topk=16)
-    out = model(**inputs).last_hidden_state
-    seen = inputs["attention_mask"].bool()
-    torch.testing.assert_close(out[seen], dense[seen], atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()

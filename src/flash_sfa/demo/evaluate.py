@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..codes import topk_sparsify
+from ..codes import SparseCode, topk_sparsify
 from .data import Text, decode, validation_windows
 from .models import Settings, Variant, cache_bytes, new_cache, parameters
 from .train import validation_loss
@@ -43,7 +43,9 @@ def code_mask(x: Any, variant: Variant) -> Tensor:
     """(..., d) bool: the features that top-k selected; always-on features are False."""
     if variant.topk is None:
         raise ValueError(f"variant {variant.name} is dense: it has no codes")
-    code = topk_sparsify(x, variant.topk, dense_dims=variant.dense_dims) if isinstance(x, Tensor) else x
+    if isinstance(x, Tensor):
+        x = topk_sparsify(x, variant.topk, dense_dims=variant.dense_dims)
+    code = x if isinstance(x, SparseCode) else x.to_code()  # what an SFACache gives holds its codes
     mask = torch.zeros(code.shape, dtype=torch.bool, device=code.indices.device)
     return mask.scatter(-1, code.indices.long(), True)
 

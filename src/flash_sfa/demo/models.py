@@ -205,11 +205,13 @@ def new_cache(model: Any) -> Any:
 
 
 def cache_bytes(cache: Any) -> tuple[int, int]:
-    """(bytes of keys, bytes of keys and values) of a filled cache: the storage behind its tensors."""
+    """(bytes of keys, bytes of keys and values) of a filled cache: of its stored tokens, or the storage behind them."""
+    if isinstance(cache, SFACache):
+        return cache.key_nbytes(), cache.key_nbytes() + cache.value_nbytes()
 
     def stored(*names: str) -> int:
         tensors = (getattr(layer, name, None) for layer in cache.layers for name in names)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
-    keys = stored("keys", "key_indices", "key_dense")
+    keys = stored("keys")
     return keys, keys + stored("values")

@@ -5,31 +5,38 @@ keeps a key cache of top-k codes, and the setting is saved with the model in ``c
 """
 
 import inspect
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from ..api import sfa_attention, sfa_attention_varlen
-from ..checks import check_dense_dims, check_topk_pair, is_int
-from ..codes import SparseCode, autocast_dtype, topk_sparsify
+from ..checks import is_int
+from ..codes import SparseCode, autocast_dtype
+from ..decode import sfa_attention_with_kvcache
 from ..impl.reference import visible_pairs
+from .settings import check_setting, key_topk, layer_setting, query_topk, text_config
+from .sparse_cache import NewKeys, SFACache, SFALayer, codes_of, take_rows
 
-if TYPE_CHECKING:
+__all__ = [
+    "SFACache", "SFALayer", "disable_sfa", "enable_sfa", "register_dense", "register_narrow", "register_sfa",
+]  # fmt: skip
 
-    class _Layer(DynamicLayer): ...
-
-else:
-    _Layer = object
-
-Topk = int | tuple[int | None, int | None]
-_KEYS = {"topk", "dense_dims", "layers"}
+# Names that a model with config.sfa may attend by without a warning.
+_OURS: set[str] = set()
 _REFUSED = {
     "softcap": "a cap on the scores (softcap)",
     "s_aux": "attention sinks (s_aux)",
@@ -39,6 +46,9 @@ _REFUSED = {
 
 def register_sfa(name: str = "sfa") -> None:
     """Register the attention and mask functions under ``name``; calling it again changes nothing.
+
+    From then on a model that is made from a config with ``config.sfa`` but other attention warns: it is a dense model
+    then. ``from_pretrained(path, attn_implementation="sfa")`` loads it as it was trained.
 
     Args:
         name: what ``attn_implementation`` will be called. It must not contain "flash" or "/": Transformers takes
@@ -52,11 +62,14 @@ def register_sfa(name: str = "sfa") -> None:
         >>> register_sfa()
     """
     _register(name, _sfa_forward)
+    _OURS.add(name)
+    _watch_loading()
 
 
 def register_dense(name: str = "sfa_dense") -> None:
     """Register plain dense attention (torch SDPA, v of any width) for models that refuse "sdpa"."""
     _register(name, _dense_forward)
+    _OURS.add(name)
 
 
 def register_narrow(name: str = "sfa_narrow") -> None:
@@ -65,14 +78,15 @@ def register_narrow(name: str = "sfa_narrow") -> None:
     The rival of equal key bytes for models whose q, k and v share one width.
     """
     _register(name, _narrow_forward)
+    _OURS.add(name)
 
 
 def enable_sfa(
     model: Any,
     *,
-    topk: Topk,
+    topk: Any,
     dense_dims: int | Sequence[int] | str = 0,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
 ) -> Any:
     """Make a Transformers model attend by top-k features, and ``generate()`` keep a sparse key cache.
 
@@ -83,10 +97,13 @@ def enable_sfa(
 
     Args:
         model: any model that routes attention through Transformers' AttentionInterface.
-        topk: features kept a row, or (topk_q, topk_k) with None for a dense side.
+        topk: features kept a row; or a pair (topk_q, topk_k) with None for a dense side; or a list with an entry for
+            every layer: an int, a pair, or a list of ints with one for each of its heads. Those are key heads, whose
+            topk their group of query heads shares, or query heads: then a key keeps what the widest of its group does.
         dense_dims: features always kept, as in ``topk_sparsify``; "rotary" takes the rotated features of a model
             with partial rotary embeddings.
-        layers: the layers to change, by number; None for all. The others stay dense.
+        layers: the layers to change, by number; None for all; "global" for those without a window in a model that
+            has both kinds. The others stay dense.
 
     Returns:
         The same model.
@@ -94,8 +111,8 @@ def enable_sfa(
     Raises:
         TypeError, ValueError: a wrong setting.
         NotImplementedError: a model that does not route attention through the interface, attends to a compressed
-            (MLA) cache, or has cross-attention, as encoder-decoders do. Score caps, attention sinks and additive
-            position biases are refused by the first forward pass that asks for them.
+            (MLA) cache, caps its scores (softcap), or has cross-attention, as encoder-decoders do. Attention sinks and
+            additive position biases are refused by the first forward pass that asks for them.
 
     Whatever raises leaves the model as it was.
 
@@ -110,14 +127,7 @@ def enable_sfa(
     """
     part = _text_model(model)
     config = part.config
-    if isinstance(topk, list) and len(topk) == 2:  # a pair read back from config.json
-        topk = tuple(topk)
-    check_topk_pair(topk)
-    head_dim = _head_dim(config)
-    dims = _rotary_dims(config, head_dim) if dense_dims == "rotary" else dense_dims
-    check_dense_dims(dims, head_dim)
-    if layers is not None:
-        _check_layers(layers, config.num_hidden_layers)
+    setting = check_setting(config, topk, dense_dims, layers)
 
     register_sfa()
     before = [(c, c._attn_implementation, getattr(c, "sfa", None)) for c in _configs(model)]
@@ -129,11 +139,7 @@ def enable_sfa(
         _restore(before)
         raise
     _restore([entry for entry in before if entry[0] is not config])  # Transformers switches sub-configs as well
-    config.sfa = {
-        "topk": list(topk) if isinstance(topk, tuple) else topk,
-        "dense_dims": dims if isinstance(dims, int) else list(dims),
-        "layers": None if layers is None else list(layers),
-    }
+    config.sfa = setting
     if getattr(model, "_sfa_previous", None) is None:
         model._sfa_previous = [entry for entry in before if entry[0] is config]
     if hasattr(model, "_prepare_cache_for_generation"):
@@ -156,136 +162,80 @@ def disable_sfa(model: Any) -> Any:
     return model
 
 
-class SFACache(Cache):
-    """A Transformers cache whose SFA layers keep keys as top-k codes; other layers are Transformers' own.
-
-    Args:
-        config: the config of a model that ``enable_sfa`` has set up.
-
-    Raises:
-        ValueError: the config has no ``sfa`` setting.
-
-    Example:
-        >>> # out = model.generate(ids, past_key_values=SFACache(model.config))
-    """
-
-    def __init__(self, config: Any) -> None:
-        config = _text_config(config)
-        if getattr(config, "sfa", None) is None:
-            raise ValueError("config.sfa is not set; call enable_sfa(model, topk=...) first")
-        layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
-        super().__init__(layers=[_sparse_layer(layer, _setting(config, i)) for i, layer in enumerate(layers)])
-
-    def key_nbytes(self) -> int:
-        """Bytes of the stored keys, codes and indices included."""
-        return sum(_nbytes(layer, "keys", "key_indices", "key_dense") for layer in self.layers)
-
-    def nbytes(self) -> int:
-        """Bytes of the stored keys and values."""
-        return self.key_nbytes() + sum(_nbytes(layer, "values") for layer in self.layers)
-
-
-class _SparseKeys(_Layer):
-    """Mixin for a Transformers cache layer: ``keys`` holds code values, two more tensors the rest of the codes."""
-
-    def __init__(self, *args: Any, topk: int, dense_dims: int | Sequence[int], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.topk, self.dense_dims = topk, dense_dims
-        self.key_indices: Tensor | None = None
-        self.key_dense: Tensor | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        # Under autocast keys and values may come in different dtypes.
-        self.values = value_states.new_empty(0)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[SparseCode, Tensor]:
-        code = topk_sparsify(key_states, self.topk, dense_dims=self.dense_dims)
-        value_states = value_states.to(autocast_dtype(value_states))
-        indices, dense = code.indices, code.dense
-        if self.key_indices is not None and self.key_dense is not None:
-            indices = torch.cat([self.key_indices, indices], dim=-2)
-            dense = torch.cat([self.key_dense, dense], dim=-2)
-        values, v = super().update(code.values, value_states)
-        self._keep(indices, dense, indices.shape[-2])
-        return SparseCode._make(values, indices, dense, code.dim, code.dense_dims), v
-
-    def crop(self, tokens_to_remove: int) -> None:
-        before = self.get_seq_length()
-        super().crop(tokens_to_remove)
-        if self.key_indices is not None and self.key_dense is not None:
-            removed = before - self.get_seq_length()
-            self._keep(self.key_indices, self.key_dense, self.key_indices.shape[-2] - removed)
-
-    def _keep(self, indices: Tensor, dense: Tensor, end: int) -> None:
-        """Of the rows up to ``end``, keep as many as the layer kept of its code values."""
-        start = end - self.keys.shape[-2]
-        self.key_indices, self.key_dense = indices[..., start:end, :], dense[..., start:end, :]
-
-    def _change(self, fn: Callable[[Tensor], Tensor]) -> None:
-        if self.key_indices is not None and self.key_dense is not None:
-            self.key_indices, self.key_dense = fn(self.key_indices), fn(self.key_dense)
-
-    def offload(self) -> None:
-        super().offload()
-        self._change(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        self._change(lambda x: x.to(self.device, non_blocking=True))
-
-    def reset(self) -> None:
-        super().reset()
-        self._change(Tensor.zero_)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._change(lambda x: x[indices, ...])
-
-
-class SFALayer(_SparseKeys, DynamicLayer):
-    """A growing cache layer with keys as codes."""
-
-
-class SFASlidingLayer(_SparseKeys, DynamicSlidingWindowLayer):
-    """A sliding-window cache layer with keys as codes."""
-
-
-def _sparse_layer(layer: Any, setting: tuple[Topk, Any] | None) -> Any:
-    """The layer with sparse keys, if it is a plain growing or sliding layer and SFA is on for it."""
-    if setting is None:
-        return layer
-    topk_k = check_topk_pair(setting[0])[1]
-    if topk_k is None:
-        return layer
-    if type(layer) is DynamicLayer:
-        return SFALayer(topk=topk_k, dense_dims=setting[1])
-    if type(layer) is DynamicSlidingWindowLayer:
-        sparse = SFASlidingLayer(layer.sliding_window, topk=topk_k, dense_dims=setting[1])
-        sparse.record_past = layer.record_past
-        return sparse
-    return layer
-
-
 def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-    """What ``generate()`` calls to make its cache: Transformers' own, with sparse keys where it is a dynamic one."""
+    """What ``generate()`` calls to make its cache: a sparse one where Transformers would make a dynamic or static one.
+
+    A static one becomes a sparse cache with room for max_cache_length tokens a row, the last argument.
+    """
     given = model_kwargs.get("past_key_values")
+    if isinstance(given, SFACache):
+        _check_reuse(given, model_kwargs.get("attention_mask"))
     type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
     made = model_kwargs.get("past_key_values")
-    if given is None and made is not None and type(made) is DynamicCache:
-        sparse = SFACache(self.config)
-        for layer, own in zip(sparse.layers, made.layers):
-            if getattr(own, "record_past", False):
-                layer.activate_past_recording()
-        model_kwargs["past_key_values"] = sparse
+    if given is not None or made is None:
+        return
+    if isinstance(made, QuantizedCache) or getattr(made, "offloading", False):
+        raise NotImplementedError(
+            f"cache_implementation={generation_config.cache_implementation!r} keeps dense keys, which SFA does not "
+            "read; leave it out, or pass past_key_values=SFACache(model.config, v_dtype=torch.int8)"
+        )
+    if type(made) is StaticCache:
+        longest = kwargs.get("max_cache_length", args[-1] if args else None)
+        model_kwargs["past_key_values"] = SFACache(self.config, max_length=longest)
+    elif type(made) is DynamicCache:
+        model_kwargs["past_key_values"] = SFACache(self.config)
+    if getattr(generation_config, "is_assistant", False):
+        model_kwargs["past_key_values"].activate_past_recording()
+
+
+def _check_reuse(cache: SFACache, mask: Tensor | None) -> None:
+    """Refuse a filled cache for a prompt that does not continue what it holds, as far as shapes and padding tell."""
+    filled = cache.get_seq_length()
+    if not filled or mask is None:
+        return
+    layers = [layer for layer in cache.sparse_layers() if layer.ids]
+    rows = len(layers[0].ids) if layers else mask.shape[0]
+    if mask.shape[0] != rows or mask.shape[1] <= filled:
+        raise ValueError(
+            f"past_key_values holds {filled} tokens of {rows} rows, and the prompt has {mask.shape[1]} of "
+            f"{mask.shape[0]}: a filled cache serves the conversation it was filled by; use a new SFACache"
+        )
+    for layer in layers:
+        if layer.start == 0 and mask[:, :filled].sum(1).tolist() != layer.counts():
+            raise ValueError(
+                "past_key_values was filled by a prompt with other padding: a filled cache serves the conversation it "
+                "was filled by; use a new SFACache"
+            )
+
+
+def _watch_loading() -> None:
+    """Warn when a model is made whose config asks for SFA while its attention is another, once for each config."""
+    global _watching
+    if not _watching:
+        register_module_module_registration_hook(_warn_if_dense)
+        _watching = True
+
+
+_watching = False
+_warned: Any = None
+
+
+def _warn_if_dense(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    global _warned
+    if not isinstance(module, PreTrainedModel):
+        return
+    config = module.__dict__.get("config")
+    if getattr(config, "sfa", None) is None or config._attn_implementation in _OURS:
+        return
+    if _warned is None or _warned() is not config:
+        _warned = weakref.ref(config)
+        warnings.warn(
+            f"config.sfa says that this {type(module).__name__} attends by top-k features ({config.sfa}), but it is "
+            f"made with attn_implementation={config._attn_implementation!r}, which is dense: another model than "
+            "the one that was trained. Call enable_sfa(model, **model.config.sfa), or load it with "
+            "attn_implementation='sfa'.",
+            stacklevel=2,
+        )
 
 
 def _register(name: str, forward: Callable[..., tuple[Tensor, None]]) -> None:
@@ -313,6 +263,9 @@ def _mask(
     A padding mask that pads nothing becomes None on the CPU only: looking at its values elsewhere would wait for the
     device at every forward. So leave out a mask of ones on a GPU. Nothing here waits for the device, except that
     Transformers looks at the padding mask of a bidirectional model.
+
+    A mask of which padding, causality and the layer's window say everything is marked: over a sparse cache it is not
+    needed, since the cache knows them. One that is not marked is applied as it is.
     """
     plain = mask_function is causal_mask_function and local_size is None and kv_offset == 0
     whole = attention_mask is None or attention_mask.shape[-1] >= kv_length
@@ -320,19 +273,45 @@ def _mask(
         if attention_mask is None:
             return None
         padding = attention_mask[:, :kv_length].bool()
-        return None if padding.device.type == "cpu" and bool(padding.all()) else padding[:, None, None]
+        return None if padding.device.type == "cpu" and bool(padding.all()) else _marked(padding[:, None, None])
     mask: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
         allow_is_causal_skip=False, **kwargs,
     )  # fmt: skip
+    known = not torch.compiler.is_compiling() and any(_same_rule(mask_function, rule) for rule in _KNOWN)
+    return mask if mask is None or not known else _marked(mask)
+
+
+_KNOWN = causal_mask_function, sliding_window_causal_mask_function(1)
+
+
+def _same_rule(fn: Any, other: Any) -> bool:
+    """Whether two mask functions are one rule, built of the same code, whatever the numbers in it."""
+    if fn is other:
+        return True
+    if getattr(fn, "__code__", None) is not other.__code__:
+        return False
+    parts = [_functions_in(f) for f in (fn, other)]
+    return len(parts[0]) == len(parts[1]) and all(_same_rule(a, b) for a, b in zip(*parts))
+
+
+def _functions_in(fn: Any) -> list[Any]:
+    """The functions that a function was built of: what its closure holds, also in tuples."""
+    cells = [cell.cell_contents for cell in fn.__closure__ or ()]
+    flat = [x for cell in cells for x in (cell if isinstance(cell, tuple) else (cell,))]
+    return [x for x in flat if callable(x)]
+
+
+def _marked(mask: Tensor) -> Tensor:
+    mask._sfa_plain = True  # type: ignore[attr-defined]
     return mask
 
 
 def _sfa_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | SparseCode,
+    key: Tensor | NewKeys,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
@@ -343,29 +322,44 @@ def _sfa_forward(
 ) -> tuple[Tensor, None]:
     """The registered attention function: (b, heads, n, d) in, (b, n, heads, dv) out."""
     _refuse(kwargs)
-    setting = _setting(module.config, getattr(module, "layer_idx", 0))
+    setting = layer_setting(module.config, getattr(module, "layer_idx", 0))
     if setting is None:
         return _dense_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
     topk, dense_dims = setting
+    if isinstance(key, NewKeys):
+        if (key.layer.topk, key.layer.dense_dims) != setting:
+            raise ValueError(
+                f"the cache was made for topk={key.layer.topk!r} and dense_dims={key.layer.dense_dims!r}, and the "
+                f"layer has topk={topk!r} and dense_dims={dense_dims!r} now; use a new SFACache"
+            )
+        if value is not key.v:
+            raise NotImplementedError("a model that changes values between its cache and its attention function")
+        causal, window = _visibility(module, query, None, sliding_window, kwargs)
+        if not causal or _packed(kwargs, query):
+            raise NotImplementedError(
+                "a sparse cache serves causal attention over one document a row; pass use_cache=False"
+            )
+        return _cached_forward(query, key, attention_mask, window, scaling, dropout), None
+    heads = key.shape[1]
     causal, window = _visibility(module, query, attention_mask, sliding_window, kwargs)
+    q, k, v = _swap(query), _swap(key), _swap(value)
     options: dict[str, Any] = {
-        "topk": check_topk_pair(topk)[0] if isinstance(key, SparseCode) else topk,
-        "dense_dims": dense_dims, "causal": causal, "window_size": window,
-        "softmax_scale": float(scaling), "dropout_p": float(dropout),
+        "dense_dims": dense_dims, "causal": causal, "window_size": window, "softmax_scale": float(scaling),
+        "dropout_p": float(dropout),
     }  # fmt: skip
-    cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    rows: tuple[Any, Any, Tensor] = (
-        _swap(query),
-        key.map(_swap) if isinstance(key, SparseCode) else _swap(key),
-        _swap(value),
-    )
-    if cu_q is not None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
+    rows: tuple[Any, Any, Tensor] = q, k, v
+    if isinstance(topk, list):
+        rows = codes_of(q, query_topk(topk, q.shape[2]), dense_dims), codes_of(k, key_topk(topk, heads), dense_dims), v
+    else:
+        options["topk"] = topk
+    if _packed(kwargs, query) and query.shape[2] == key.shape[2]:
         # The mask, if any, repeats what cu_seq_lens say.
         packed: list[Any] = [x.map(_first) if isinstance(x, SparseCode) else x[0] for x in rows]
         options["causal"], options["window_size"] = _visibility(module, query, None, sliding_window, kwargs)
+        cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
         cu_k = cu_q if cu_k is None else cu_k
         out = sfa_attention_varlen(
             *packed, cu_seqlens_q=cu_q.int(), cu_seqlens_k=cu_k.int(),
@@ -375,10 +369,75 @@ def _sfa_forward(
     return sfa_attention(*rows, attn_mask=attention_mask, **options), None
 
 
+def _cached_forward(
+    query: Tensor, key: NewKeys, mask: Tensor | None, window: tuple[int, int], scaling: float, dropout: float
+) -> Tensor:
+    """Attention of new tokens over a sparse cache, storing them: prefill from codes, later steps by decoding.
+
+    Rows of the batch end at their last real token; queries that are padding give whatever they give.
+    """
+    layer, n, past = key.layer, query.shape[2], key.past
+    if not key.stored and past != layer.length:
+        raise ValueError("the cache changed between a layer's update and its attention; run one forward pass at a time")
+    if past and dropout > 0.0:
+        raise NotImplementedError("dropout over a sparse cache; call model.eval() first")
+    if layer.window is not None:
+        window = (layer.window - 1, 0)
+    q, topk = _swap(query), query_topk(layer.topk, query.shape[1])
+    k, v = key.new_code(), _swap(key.v)
+    plain = mask is None or getattr(mask, "_sfa_plain", False)
+    real = layer.padding_of(mask, query.shape[0], n) if plain and not key.stored else None
+    options: dict[str, Any] = {"window_size": window, "softmax_scale": float(scaling)}
+    if past == 0:
+        if plain and real is None:
+            mask = None
+        lean = mask is None or mask.shape[-2] == 1 < n
+        if not lean:
+            options["window_size"] = (-1, -1)
+        rows = codes_of(q, topk, layer.dense_dims)
+        prefill = sfa_attention(rows, k, v, attn_mask=mask, causal=lean, dropout_p=float(dropout), **options)
+        _store(key, v, real)
+        return prefill
+    _store(key, v, real)
+    if not plain and mask is not None:
+        rows = codes_of(q, topk, layer.dense_dims)
+        code, all_v = layer.gather(mask.shape[-1])
+        return sfa_attention(rows, code, all_v.to(v.dtype), attn_mask=mask.bool(), softmax_scale=float(scaling))
+    order = None if real is None else _right_aligned(real, v.device)
+    if order is not None:
+        q = take_rows(q, order)
+    kv = layer.pool()
+    tolerance = layer.options["tolerance"]
+    if isinstance(topk, list):
+        rows, pair = codes_of(q, topk, layer.dense_dims), None
+    else:
+        rows, pair = q, (topk, kv.topk)
+    out: Tensor = sfa_attention_with_kvcache(rows, kv, seq_ids=layer.ids, topk=pair, tolerance=tolerance, **options)
+    return out if order is None else take_rows(out, order.argsort(dim=1))
+
+
+def _store(key: NewKeys, v: Tensor, real: Tensor | None) -> None:
+    """Append the new rows once: layers that share keys call the attention function again with the same ones."""
+    if not key.stored:
+        key.layer.append(key.new_code(), v, real)
+        key.stored = True
+
+
+def _right_aligned(real: Tensor, device: torch.device) -> Tensor | None:
+    """The order (b, n) that puts real tokens last, or None if they are there already."""
+    if bool((real[:, 1:] >= real[:, :-1]).all()):
+        return None
+    return real.long().argsort(dim=1, stable=True).to(device)
+
+
+def _packed(kwargs: dict[str, Any], query: Tensor) -> bool:
+    return kwargs.get("cu_seq_lens_q") is not None and query.shape[0] == 1
+
+
 def _dense_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | SparseCode,
+    key: Tensor | NewKeys,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
@@ -389,8 +448,8 @@ def _dense_forward(
 ) -> tuple[Tensor, None]:
     """Plain attention through torch SDPA, with the same mask rules."""
     _refuse(kwargs)
-    if isinstance(key, SparseCode):
-        raise TypeError("the cache holds top-k codes but this layer is dense; start with a new cache")
+    if isinstance(key, NewKeys):
+        raise TypeError("the cache holds top-k codes but this layer is dense; use a new cache")
     nq, nk = query.shape[2], key.shape[2]
     causal, window = _visibility(module, query, attention_mask, sliding_window, kwargs)
     if causal and window[0] < 0 and attention_mask is None and nq == nk:
@@ -442,24 +501,6 @@ def _refuse(kwargs: dict[str, Any]) -> None:
             raise NotImplementedError(f"the model asks for {what}, which sparse feature attention does not support")
 
 
-def _setting(config: Any, layer: int) -> tuple[Topk, Any] | None:
-    """(topk, dense_dims) of a layer, or None where it stays dense."""
-    sfa = getattr(config, "sfa", None)
-    if not isinstance(sfa, dict):
-        raise ValueError("config.sfa is not set; call flash_sfa.integrations.transformers.enable_sfa(model, topk=...)")
-    if set(sfa) - _KEYS or "topk" not in sfa:
-        raise ValueError(f"config.sfa must have 'topk' and may have 'dense_dims' and 'layers', got {sorted(sfa)}")
-    layers = sfa.get("layers")
-    if layers is not None and layer not in layers:
-        return None
-    topk = sfa["topk"]
-    return tuple(topk) if isinstance(topk, list) else topk, sfa.get("dense_dims", 0)
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config(decoder=True)
-
-
 def _text_model(model: Any) -> Any:
     """The part of a model that SFA changes: the outermost one that uses the text config, often all of it."""
     if not isinstance(model, PreTrainedModel):
@@ -470,11 +511,16 @@ def _text_model(model: Any) -> Any:
     if model.config.is_encoder_decoder:
         raise NotImplementedError(f"{name} is an encoder-decoder, whose cross-attention SFA does not cover")
     try:
-        config = _text_config(model.config)
+        config = text_config(model.config)
     except ValueError as error:
         raise NotImplementedError(f"{name} has more than one text model: {error}") from None
     if getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_layers", None):
         raise NotImplementedError(f"{name} has cross-attention layers, which SFA does not cover")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise NotImplementedError(
+            f"{name} caps its scores (softcap, attn_logit_softcapping={config.attn_logit_softcapping}), which sparse "
+            "feature attention does not support"
+        )
     if getattr(config, "kv_lora_rank", None):
         raise NotImplementedError(f"{name} caches a compressed latent (MLA), which has no per-head keys to sparsify")
     for part in model.modules():
@@ -503,18 +549,6 @@ def _routes(part: Any) -> bool:
     return False
 
 
-def _check_layers(layers: Any, count: int) -> None:
-    if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
-        raise TypeError(f"layers must be None or a sequence of ints, got {layers!r} of type {type(layers).__name__}")
-    if len(layers) > count:
-        raise ValueError(f"layers must be distinct layer numbers in [0, {count}), got {len(layers)} of them")
-    for entry in layers:
-        if not is_int(entry):
-            raise TypeError(f"layers must hold ints, got {entry!r} of type {type(entry).__name__}")
-    if any(not 0 <= entry < count for entry in layers) or len(set(layers)) != len(layers):
-        raise ValueError(f"layers must be distinct layer numbers in [0, {count}), got {list(layers)}")
-
-
 def _configs(model: Any) -> list[Any]:
     """Every config that the model, its parts and their sub-configs use, each once."""
     found: dict[int, Any] = {}
@@ -536,31 +570,6 @@ def _restore(before: list[tuple[Any, str | None, Any]]) -> None:
             config.sfa = sfa
         elif hasattr(config, "sfa"):
             del config.sfa
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _rotary_dims(config: Any, head_dim: int) -> int:
-    """The width of the rotated part of a head, which Transformers' partial-rotary models put first."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer_type = [entry for entry in rope.values() if isinstance(entry, dict)]
-    factors = {entry.get("partial_rotary_factor") for entry in by_layer_type or [rope]}
-    if factors == {None}:
-        factors = {getattr(config, "partial_rotary_factor", None)}
-    factor = factors.pop() if len(factors) == 1 else None
-    if factor is None or factor >= 1.0:
-        raise ValueError(
-            "dense_dims='rotary' needs one partial_rotary_factor below 1 for all layers; "
-            f"{type(config).__name__} has rope_parameters={rope}"
-        )
-    return 2 * -(-int(head_dim * factor) // 2)
-
-
-def _nbytes(layer: Any, *names: str) -> int:
-    tensors = (getattr(layer, name, None) for name in names)
-    return sum(x.nbytes for x in tensors if x is not None)
 
 
 def _swap(x: Tensor) -> Tensor:

@@ -1,0 +1,498 @@
+"""A Transformers cache whose SFA layers store keys as top-k codes in a paged `SparseKVCache`.
+
+A layer does not store what ``update`` is given: it hands the new rows on to the attention function, which alone knows
+which of them are padding. That function looks once, at prefill, and padding is never stored: each row of the batch is
+a sequence of its own length, so later steps need no mask and wait for nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..cache import SparseKVCache, _float_dtype, _positive
+from ..checks import check_fraction
+from ..codes import SparseCode, autocast_dtype, topk_sparsify
+from ..ops import index_dtype
+from .settings import Topk, key_topk, layer_setting, text_config
+
+# Tokens beyond its window that a windowed layer keeps, so that rejected tokens can be cropped.
+SLACK = 64
+# Tokens a row that a growing cache has room for beyond its prompt.
+_ROOM = 256
+
+
+class SFACache(Cache):
+    """A Transformers cache whose SFA layers keep keys as top-k codes; other layers are Transformers' own.
+
+    It serves one batch of prompts, and grows as they do. Padding is not stored. Steps of a windowed layer keep the
+    window only.
+
+    Args:
+        config: the config of a model that ``enable_sfa`` has set up.
+        v_dtype: how V is stored in SFA layers: None for the model's dtype, or torch.int8 or torch.float8_e4m3fn.
+        tolerance: misplaced weight allowed on cached steps, in [0, 1), as in `sfa_attention_with_kvcache`.
+        max_length: tokens a row to make room for at once; None starts small and doubles.
+        page_size: tokens a page of the `SparseKVCache` of a layer.
+
+    Raises:
+        ValueError: the config has no ``sfa`` setting; an argument is out of range.
+        TypeError, NotImplementedError: a v_dtype that is no float type, or is not built.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from flash_sfa.integrations.transformers import SFACache, enable_sfa
+        >>> config = LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+        >>> model = enable_sfa(LlamaForCausalLM(config), topk=8)
+        >>> cache = SFACache(model.config, v_dtype=torch.int8)
+        >>> out = model.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, max_new_tokens=4)
+        >>> cache.get_seq_length()
+        6
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        v_dtype: torch.dtype | None = None,
+        tolerance: float = 0.0,
+        max_length: int | None = None,
+        page_size: int = 128,
+    ) -> None:
+        config = text_config(config)
+        options = {
+            "v_dtype": None if v_dtype is None else _float_dtype(v_dtype, "v_dtype"),
+            "tolerance": check_fraction(tolerance, "tolerance"),
+            "max_length": None if max_length is None else _positive(max_length, "max_length"),
+            "page_size": _positive(page_size, "page_size"),
+        }
+        padding = _Padding()
+        own = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+        layers = []
+        for i, layer in enumerate(own):
+            setting = layer_setting(config, i)
+            topk = None if setting is None else key_topk(setting[0])
+            if setting is None or topk is None or not _plain(config, i, layer):
+                layers.append(layer)
+                continue
+            window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
+            layers.append(SFALayer(setting[0], setting[1], window=window, padding=padding, options=options))
+        super().__init__(layers=layers)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx.cpu())  # once, not in every layer
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(int(tokens_to_remove))  # generate() gives a tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch that the SFA layers hold, or -1 before the first forward pass."""
+        return max((len(layer.ids) for layer in self.sparse_layers()), default=0) or -1
+
+    def sparse_layers(self) -> list["SFALayer"]:
+        """The layers that store codes."""
+        return [layer for layer in self.layers if isinstance(layer, SFALayer)]
+
+    def key_nbytes(self) -> int:
+        """Bytes of the keys of all stored tokens, codes and indices included."""
+        own = (layer.keys for layer in self.layers if not isinstance(layer, SFALayer))
+        return sum(layer.token_nbytes()[0] for layer in self.sparse_layers()) + sum(_nbytes(x) for x in own)
+
+    def value_nbytes(self) -> int:
+        """Bytes of the values of all stored tokens, scales included."""
+        own = (layer.values for layer in self.layers if not isinstance(layer, SFALayer))
+        return sum(layer.token_nbytes()[1] for layer in self.sparse_layers()) + sum(_nbytes(x) for x in own)
+
+    def nbytes(self) -> int:
+        """Bytes in use: pages (a part-filled one counts whole, a shared one once), running sums and tables."""
+        own = sum(_nbytes(x.keys) + _nbytes(x.values) for x in self.layers if not isinstance(x, SFALayer))
+        return own + sum(layer.kv.nbytes for layer in self.sparse_layers() if layer.kv is not None)
+
+
+class _Padding:
+    """Which tokens of the running forward pass are padding: looked up once for all layers."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.real: Tensor | None = None
+
+    def look(self, mask: Tensor | None, rows: int, n: int) -> Tensor | None:
+        """(rows, n) bool on the host, True for real tokens; None if all are. Waits for the device."""
+        if mask is None:
+            return None
+        if self.mask is not mask:
+            # A token is real if it may see itself; a mask of one row says so of every key.
+            own = mask[:, 0, 0, -n:] if mask.shape[-2] == 1 else _diagonal(mask[:, 0], mask.shape[-1] - n)
+            real = own.detach().bool().cpu()
+            self.mask, self.real = mask, None if bool(real.all()) else real.expand(rows, n)
+        return self.real
+
+
+class NewKeys:
+    """What an SFA cache layer hands to the attention function as keys: the new rows, which are not stored yet."""
+
+    def __init__(self, layer: "SFALayer", k: Tensor, v: Tensor) -> None:
+        self.layer, self.k, self.v = layer, k, v
+        self.past: int = layer.length
+        self.code: SparseCode | None = None
+        self.stored = False
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.k.shape[:2], self.past + self.k.shape[2], self.k.shape[3]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+    def new_code(self) -> SparseCode:
+        """Codes of the new tokens, (b, n, hkv, ...)."""
+        if self.code is None:
+            self.code = self.layer.sparsify(self.k.transpose(1, 2))
+        return self.code
+
+    def to_code(self) -> SparseCode:
+        """Codes of all tokens, (b, hkv, past + n, ...), as copies; for rows of equal lengths."""
+        new = self.new_code().map(_swap)
+        if self.past == 0 or self.layer.kv is None:
+            return new
+        old = [self.layer.kv.gather(0, i)[0].map(_swap_first) for i in self.layer.ids]
+        parts = [
+            torch.cat([torch.stack([getattr(x, name) for x in old])[..., : self.past, :], getattr(new, name)], dim=-2)
+            for name in ("values", "indices", "dense")
+        ]
+        return SparseCode._make(parts[0], parts[1], parts[2], new.dim, new.dense_dims)
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(_NO_SFA)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(_NO_SFA)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise TypeError(_NO_SFA)
+
+
+_NO_SFA = (
+    "this cache (SFACache) stores keys as top-k codes, which only attn_implementation='sfa' reads; the model's "
+    "attention is another one now. Call enable_sfa(model, ...) again, or start with a new cache of Transformers' own."
+)
+
+
+class SFALayer(CacheLayerMixin):
+    """One layer of an `SFACache`: rows of the batch as sequences of a `SparseKVCache` with one layer.
+
+    ``length`` counts positions as Transformers does, padding included; ``start`` of them have been given up by a
+    windowed layer. ``real`` (rows, m) on the host tells which of the first m positions hold a token.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(
+        self, topk: Topk, dense_dims: Any, *, window: int | None, padding: _Padding, options: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.topk, self.dense_dims, self.window = topk, dense_dims, window
+        self.padding, self.options = padding, options
+        self.is_sliding = window is not None
+        self.sliding_window = window
+        self.record_past = False
+        self.kv: SparseKVCache | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.ids: list[int] = []
+        self.length = self.start = 0
+        self.real: Tensor | None = None
+
+    # What Transformers asks of a layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the pools are made when the first tokens are stored."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[NewKeys, Tensor]:
+        if self.ids and key_states.shape[0] != len(self.ids):
+            raise ValueError(
+                f"this cache holds {len(self.ids)} rows and the input has {key_states.shape[0]}: a cache serves one "
+                "batch of prompts; use a new SFACache"
+            )
+        return NewKeys(self, key_states, value_states), value_states
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        past = self.length if self.window is None else min(self.length, self.window - 1)
+        return past + query_length, self.length - past
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    def activate_past_recording(self) -> None:
+        """Keep everything until the next `crop`, so that any number of tokens can be taken back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last -tokens_to_remove tokens back; a positive number is the length to keep, as in 5.14."""
+        removed = max(0, self.length - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
+        length = max(0, self.length - removed)
+        if removed and self.kv is not None:
+            if self.start and length - self.start < min(length, (self.window or 1) - 1):
+                raise ValueError(
+                    f"cannot take back {removed} tokens: this windowed layer keeps {SLACK} beyond its window; call "
+                    "activate_past_recording() on the cache before the forward pass"
+                )
+            self.kv.truncate(self.ids, self._counts(self.start, length))
+            self.length = length
+            self.real = None if self.real is None else self.real[:, :length]
+        self._trim()
+
+    def reset(self) -> None:
+        if self.kv is not None:
+            self.kv.free(self.ids)
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.kv is None or not self.ids:
+            return
+        rows = beam_idx.tolist()
+        source = dict(zip(self.ids, (self.ids[row] for row in rows)))
+        self.kv.reorder([source[i] for i in sorted(self.ids)])
+        self._take_rows(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([row for row in range(len(self.ids)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        every = torch.arange(len(self.ids))
+        self._select(every[indices.cpu()].tolist())
+
+    def offload(self) -> None:
+        raise NotImplementedError("a sparse cache cannot be offloaded to the CPU; it is a fraction of a dense one")
+
+    def prefetch(self) -> None:
+        self.offload()
+
+    # What the attention function asks
+
+    def sparsify(self, k: Tensor) -> SparseCode:
+        """The codes that this layer stores of keys (b, n, hkv, d)."""
+        return codes_of(k, key_topk(self.topk, k.shape[2]), self.dense_dims)  # type: ignore[return-value]
+
+    def pool(self) -> SparseKVCache:
+        """What the layer stores its tokens in."""
+        if self.kv is None:
+            raise ValueError("this cache layer holds no token yet")
+        return self.kv
+
+    def padding_of(self, mask: Tensor | None, rows: int, n: int) -> Tensor | None:
+        """Which new tokens are real, looking only where padding may be: before a row's first token, or in a chunk."""
+        if mask is not None and (n > 1 or mask.device.type == "cpu" or self.kv is None or 0 in self.counts()):
+            return self.padding.look(mask, rows, n)
+        return None
+
+    def append(self, code: SparseCode, v: Tensor, real: Tensor | None) -> None:
+        """Store new tokens, codes (b, n, hkv, ...) and v (b, n, hkv, dv), leaving out those that are not real."""
+        b, n = v.shape[:2]
+        v = v.detach().to(autocast_dtype(v))
+        code = code.map(Tensor.detach).to(v.dtype)
+        start = self.start
+        if self.length == 0 and self.window is not None and not self.record_past and n > self._keep():
+            # Of a long prompt a windowed layer stores the end only.
+            start = n - self._keep()
+            code, v = code.map(lambda x: x[:, start:]), v[:, start:]
+        kept = real if real is None else real[:, start:] if start and self.length == 0 else real
+        counts = [v.shape[1]] * b if kept is None else kept.sum(1).tolist()
+        if kept is not None:
+            order = (~kept).long().argsort(dim=1, stable=True).to(v.device)
+            code, v = code.map(lambda x: take_rows(x, order)), take_rows(v, order)
+        if self.kv is None:
+            self.kv = self._new_kv(code, v, b * self._room(n))
+        if not self.ids:
+            self.ids = self.kv.alloc(b).tolist()
+        self._make_room(counts)
+        self.kv.append(code, v, seq_ids=self.ids, lengths=None if kept is None else counts)
+        if real is not None:
+            before = torch.ones(b, self.length, dtype=torch.bool)
+            if self.real is not None:
+                before[:, : self.real.shape[1]] = self.real
+            self.real = torch.cat([before, real], dim=1)
+        self.start, self.length = start, self.length + n
+        if not self.record_past and self.length - self.start > 2 * self._keep():
+            self._trim()
+
+    def counts(self) -> list[int]:
+        """Tokens that are stored, for each row."""
+        return self._counts(self.start, self.length)
+
+    def gather(self, n: int) -> tuple[SparseCode, Tensor]:
+        """Codes (b, n, hkv, ...) and V of the last n stored tokens of each row, as copies."""
+        if self.kv is None or self.real is not None:
+            raise NotImplementedError(
+                "a mask of your own (4-D, or with other than causal and windowed visibility) over a cache with padding"
+            )
+        rows = [self.kv.gather(0, i) for i in self.ids]
+        parts = [torch.stack([getattr(code, name)[-n:] for code, _ in rows]) for name in ("values", "indices", "dense")]
+        code = rows[0][0]
+        v = torch.stack([v[-n:] for _, v in rows]).to(self.kv.dtype)
+        return SparseCode._make(parts[0], parts[1], parts[2], code.dim, code.dense_dims), v
+
+    def token_nbytes(self) -> tuple[int, int]:
+        """Bytes of the keys and of the values of all stored tokens."""
+        if self.kv is None:
+            return 0, 0
+        kv = self.kv
+        index = index_dtype(kv.head_dim).itemsize
+        key = kv.width * (kv.dtype.itemsize + index) + len(kv.dense_dims) * kv.dtype.itemsize
+        value = kv.v_head_dim * kv.v_dtype.itemsize + (2 if kv.v_dtype.itemsize == 1 else 0)
+        rows = int(kv.seq_lengths(self.ids).sum()) * kv.num_kv_heads
+        return rows * key, rows * value
+
+    # Inside
+
+    def _keep(self) -> int:
+        """Positions that a windowed layer keeps."""
+        return (self.window or 1) - 1 + SLACK
+
+    def _room(self, n: int) -> int:
+        wanted = max(n, self.options["max_length"] or n + _ROOM)
+        if self.window is not None and not self.record_past:
+            wanted = min(wanted, 2 * self._keep() + n)
+        return -(-wanted // self.options["page_size"]) * self.options["page_size"]
+
+    def _new_kv(self, code: SparseCode, v: Tensor, max_tokens: int) -> SparseKVCache:
+        return SparseKVCache(
+            num_kv_heads=v.shape[2], head_dim=code.dim, v_head_dim=v.shape[3], topk=code.topk,
+            dense_dims=code.dense_dims, max_tokens=max_tokens, page_size=self.options["page_size"], dtype=v.dtype,
+            v_dtype=self.options["v_dtype"], device=v.device,
+        )  # fmt: skip
+
+    def _make_room(self, counts: list[int]) -> None:
+        """Move to pools twice the size if the next tokens may not fit."""
+        kv = self.kv
+        if kv is None:
+            return
+        size = kv.page_size
+        lengths = kv.seq_lengths(self.ids).tolist()
+        # Every row may also have to copy a last page that it shares.
+        needed = sum(-(-(m + c) // size) - m // size for m, c in zip(lengths, counts))
+        used = kv.used_pages()
+        if used + needed <= kv.num_pages:
+            return
+        bigger = SparseKVCache(
+            num_kv_heads=kv.num_kv_heads, head_dim=kv.head_dim, v_head_dim=kv.v_head_dim, topk=kv.topk,
+            dense_dims=kv.dense_dims, max_tokens=max(2 * kv.num_pages, used + needed) * size, page_size=size,
+            dtype=kv.dtype, v_dtype=kv.v_dtype, device=kv.device,
+        )  # fmt: skip
+        bigger.load_state_dict(kv.state_dict())
+        self.kv = bigger
+
+    def _trim(self) -> None:
+        """Give up what lies behind the window, by moving the rest to a new pool."""
+        start = self.length - self._keep()
+        if self.window is None or self.kv is None or start - self.start < SLACK:
+            return
+        counts = self._counts(start, self.length)
+        rows = [self.kv.gather(0, i) for i in self.ids]
+        longest = max(counts)
+        code = rows[0][0]
+        parts = [
+            torch.stack([_last(getattr(x, name), c, longest) for (x, _), c in zip(rows, counts)])
+            for name in ("values", "indices", "dense")
+        ]
+        v = torch.stack([_last(v, c, longest) for (_, v), c in zip(rows, counts)]).to(self.kv.dtype)
+        kept = SparseCode._make(parts[0], parts[1], parts[2], code.dim, code.dense_dims)
+        self.kv = self._new_kv(kept, v, len(rows) * self._room(longest))
+        self.ids = self.kv.alloc(len(rows)).tolist()
+        self.kv.append(kept, v, seq_ids=self.ids, lengths=counts)
+        self.start = start
+
+    def _counts(self, start: int, stop: int) -> list[int]:
+        """Tokens of each row at positions [start, stop)."""
+        if self.real is None:
+            return [stop - start] * len(self.ids)
+        known = self.real[:, start:stop]
+        return (known.sum(1) + (stop - start - known.shape[1])).tolist()  # type: ignore[no-any-return]
+
+    def _select(self, rows: list[int]) -> None:
+        if self.kv is None or not self.ids:
+            return
+        taken: set[int] = set()
+        ids = []
+        for row in rows:
+            source = self.ids[row]
+            ids.append(self.kv.fork(source) if source in taken else source)
+            taken.add(source)
+        self.kv.free([i for i in self.ids if i not in taken])
+        self.ids = ids
+        self._take_rows(rows)
+
+    def _take_rows(self, rows: list[int]) -> None:
+        self.real = None if self.real is None else self.real[rows]
+
+
+def codes_of(x: Tensor, topk: Any, dense_dims: Any) -> Tensor | SparseCode:
+    """x (b, n, h, d) as codes with one topk, or one for each head; x itself for topk None.
+
+    A head with fewer entries than the widest repeats its last feature with value 0.
+    """
+    if topk is None:
+        return x
+    if not isinstance(topk, list):
+        return topk_sparsify(x, topk, dense_dims=dense_dims)
+    heads = [topk_sparsify(x[:, :, i], t, dense_dims=dense_dims) for i, t in enumerate(topk)]
+    width = max(code.topk for code in heads)
+    values = torch.stack([pad(code.values, (0, width - code.topk)) for code in heads], dim=2)
+    indices = [
+        torch.cat([c.indices, c.indices[..., -1:].expand(*c.indices.shape[:-1], width - c.topk)], -1) for c in heads
+    ]
+    dense = torch.stack([code.dense for code in heads], dim=2)
+    return SparseCode._make(values, torch.stack(indices, dim=2), dense, heads[0].dim, heads[0].dense_dims)
+
+
+def _plain(config: Any, i: int, layer: Any) -> bool:
+    """Whether a layer's visibility is causal, or causal in a window: others (chunks) keep Transformers' own layer."""
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[i] if kinds is not None else "chunked" if getattr(config, "attention_chunk_size", None) else ""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and "chunked" not in kind
+
+
+def _diagonal(mask: Tensor, offset: int) -> Tensor:
+    return mask.diagonal(offset, dim1=-2, dim2=-1)
+
+
+def take_rows(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of x (b, n, ...) by order (b, n)."""
+    return x.take_along_dim(order[(..., *[None] * (x.dim() - 2))], dim=1)
+
+
+def _last(x: Tensor, count: int, length: int) -> Tensor:
+    """The last count rows of x, then as many others as make length."""
+    kept = x[x.shape[0] - count :]
+    return torch.cat([kept, kept.new_zeros(length - count, *kept.shape[1:])])
+
+
+def _nbytes(x: Tensor | None) -> int:
+    return 0 if x is None else x.nbytes
+
+
+def _swap(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _swap_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
