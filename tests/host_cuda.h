@@ -25,7 +25,7 @@ using std::min;
 struct Dim {
   unsigned x, y, z;
 };
-static Dim threadIdx, blockIdx;
+static Dim threadIdx, blockIdx, gridDim;
 
 namespace host {
 constexpr int MAX = 1024;
@@ -61,6 +61,7 @@ void run(F body, Dim grid, int block) {
   static F* entry;
   entry = &body;
   threads = block;
+  gridDim = grid;
   stacks.resize(size_t(block) << 17);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
@@ -117,6 +118,7 @@ inline u32 __float_as_uint(float x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
+inline void __threadfence() {}
 template <class T>
 T atomicAdd(T* p, T x) {
   T old = *p;
@@ -165,6 +167,46 @@ void wait_groups() {
     std::memcpy(copies[n].to, copies[n].from, copies[n].bytes);
   copies.erase(copies.begin(), copies.begin() + n);
 }
+
+inline u32 bytes_of(u32 a, u32 b, u32 selector) {
+  uint64_t both = uint64_t(b) << 32 | a;
+  u32 out = 0;
+  for (int i = 0; i < 4; ++i) out |= u32(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return out;
+}
+inline u32 warp_max_u32(u32 x) {
+  const u32* all = host::exchange(x);
+  return *std::max_element(all, all + 32);
+}
+inline float from_bf16(u32 x) { return __uint_as_float(x << 16); }
+inline u32 fma_bf16x2(u32 x, u32 y, u32 z) {
+  u32 out = 0;
+  for (int i = 0; i < 32; i += 16)
+    out |= u32(to_bf16(from_bf16(x >> i & 0xffff) * from_bf16(y >> i & 0xffff) + from_bf16(z >> i & 0xffff))) << i;
+  return out;
+}
+// mma.m16n8k16: lane (g, c) holds a[i] at row g + 8 (i % 2) and columns 2 c, 2 c + 1 (+ 8 for i >= 2), b[i] at rows
+// 2 c, 2 c + 1 (+ 8 for i = 1) and column g, c[i] at row g + 8 (i / 2) and column 2 c + i % 2.
+template <bool HALF>
+void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  float rows[16][16], columns[16][8];
+  auto half = [](u32 x, int i) { x = x >> (16 * i) & 0xffff; return HALF ? from_half(u16(x)) : from_bf16(x); };
+  for (int i = 0; i < 4; ++i) {
+    const u32* all = host::exchange(a[i]);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int j = 0; j < 2; ++j) rows[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + j] = half(all[lane], j);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const u32* all = host::exchange(b[i]);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int j = 0; j < 2; ++j) columns[lane % 4 * 2 + i * 8 + j][lane / 4] = half(all[lane], j);
+  }
+  int lane = host::current % 32;
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) c[i] += rows[lane / 4 + i / 2 * 8][k] * columns[k][lane % 4 * 2 + i % 2];
+}
+inline void wait_for_kernel() {}
+inline void let_next_kernel_start() {}
 
 template <int BYTES>
 void load(const void* p, u32* out) {

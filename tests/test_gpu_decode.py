@@ -36,7 +36,7 @@ class HostKernels:
         self.library = ctypes.CDLL(str(library))
         shutil.rmtree(folder)
 
-    def launch(self, name, grid, threads, params):
+    def launch(self, name, grid, threads, params, early=False):
         kernel = ("sfa_decode", "sfa_combine").index(name)
         assert self.library.launch(kernel, *grid, ctypes.byref(params), ctypes.sizeof(params)) == 0
 
@@ -86,11 +86,16 @@ def filled(
     return cache
 
 
-def attend(cache, q, *, topk_q=None, window=(-1, 0), scale=None, drop=False, ids=None, span=1, **options):
+def attend(cache, q, *, topk_q=None, window=(-1, 0), scale=None, drop=False, ids=None, span=1, raw=False, **options):
+    """raw: the kernel ranks the features of q itself."""
     scale = cache.head_dim**-0.5 if scale is None else scale
-    code = q if topk_q == "dense" else topk_sparsify(q, topk_q or cache.topk, dense_dims=cache.dense_dims)
+    topk = topk_q or cache.topk
     ids = list(cache._ids) if ids is None else ids
-    return cuda_decode.attend(code, cache, 0, ids, window, scale, drop, True, span=span, **options)
+    if topk_q != "dense" and raw:
+        options["topk"] = topk
+    elif topk_q != "dense":
+        q = topk_sparsify(q, topk, dense_dims=cache.dense_dims)
+    return cuda_decode.attend(q, cache, 0, ids, window, scale, drop, True, span=span, **options)
 
 
 def exact(cache, q, topk_q, window, scale, drop, dtype):
@@ -218,7 +223,27 @@ def test_shapes(d, dv, topk, dense_dims, dtype, topk_q, group, device):
 def test_other_ways_to_load(staged, ahead, group, device):
     cache = filled([700, 31, 129], dtype=BF16, d=128, dv=128, device=device)
     q = normal(3, 1, 2 * group, 128, seed=3, dtype=BF16, device=device)
-    compare(cache, q, STAGED=staged, AHEAD=ahead, UNROLL=6 if group == 1 else 4)
+    compare(cache, q, STAGED=staged, AHEAD=ahead, UNROLL=6 if group == 1 else 4, MMA=0)
+
+
+@pytest.mark.parametrize(
+    ("d", "topk", "dense_dims", "dtype", "topk_q", "group"),
+    [
+        (128, 8, 0, BF16, None, 1), (128, 8, 0, BF16, None, 4), (60, 5, 0, FP16, 9, 3), (320, 80, 0, FP32, 3, 1),
+        (64, 8, [60, 1, 7], FP32, None, 4), (64, 8, 16, BF16, 64, 1), (32, 32, 0, BF16, None, 2),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("drop", [False, True])
+def test_the_kernel_ranks_the_features_of_q(d, topk, dense_dims, dtype, topk_q, group, drop, device):
+    """The same as on the code of q: with ties, zeros of both signs, and non-finite features."""
+    cache = filled([200, 31], d=d, dv=32, topk=topk, dense_dims=dense_dims, dtype=dtype, device=device)
+    q = normal(2, 3, 2 * group, d, seed=3, dtype=dtype, device=device)
+    q[0, 0] = q[0, 0].round()
+    q[0, 1, :, ::2], q[0, 1, :, 1::2], q[0, 1, :, 3] = 0.0, -0.0, 1.0
+    q[1, 0, 0, 5], q[1, 0, 1, 7], q[1, 1, 1, :20] = torch.nan, torch.inf, torch.nan
+    options = {"topk_q": topk_q, "drop": drop and not dense_dims}
+    for raw, coded in zip(attend(cache, q, raw=True, **options), attend(cache, q, **options)):
+        torch.testing.assert_close(raw, coded, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("v_dtype", [FP16, FP32])
@@ -294,6 +319,65 @@ def test_non_finite_values_stay_where_they_are_seen(what, value, group, v_dtype,
         assert not out[0, 3:, :group].isfinite().all((1, 2)).any()
         out[0, 3:, :group] = clean[0, 3:, :group]
     torch.testing.assert_close(out, clean)
+
+
+# Choices that are compiled in only if asked for: see docs/decode.md
+
+CHOICES = {"MMA": 1, "EVEN": 1, "EARLY": 1, "SCALES": 1, "raw": True}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "v_dtype", "dv", "group", "sq", "options"),
+    [
+        (BF16, None, 128, 1, 1, {}), (BF16, None, 128, 4, 1, {}), (BF16, None, 64, 8, 1, {}),
+        (FP16, None, 64, 4, 1, {}), (FP16, None, 128, 3, 2, {"window": (40, 0)}), (BF16, None, 256, 2, 1, {}),
+        (BF16, torch.int8, 128, 1, 1, {}), (BF16, torch.int8, 256, 4, 1, {}),
+        (FP16, torch.float8_e4m3fn, 128, 4, 1, {}), (BF16, None, 64, 1, 1, {"max_splits": 2}),
+        (BF16, torch.float8_e4m3fn, 128, 8, 2, {"window": (200, 0)}), (BF16, None, 64, 4, 2, {"drop": True}),
+        (BF16, None, 128, 1, 3, {"window": (3, 5)}), (BF16, FP16, 64, 2, 1, {}),
+    ],
+)  # fmt: skip
+def test_tensor_cores_and_even_spans(dtype, v_dtype, dv, group, sq, options, device):
+    topk = 2 if options.get("drop") else 8
+    cache = filled([1100, 0, 129], dv=dv, topk=topk, dtype=dtype, v_dtype=v_dtype, device=device)
+    q = normal(3, sq, 2 * group, 64, seed=3, dtype=dtype, device=device)
+    compare(cache, q, **(CHOICES | {"max_splits": 3} | options))
+
+
+@pytest.mark.parametrize("s", [-100.0, -20.0, 0.0, 5.0, 80.0])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("features", [[0] * 300, [0] * 127 + [1] + [0] * 172, [0] * 100 + [1] * 28 + [0] * 128])
+def test_all_overlap_rows_stay_stable_on_tensor_cores(features, s, dtype, device):
+    def change(k, v):
+        k.zero_()[0, torch.arange(len(features)), 0, torch.tensor(features)] = 1.0
+
+    cache = filled(
+        [len(features)], hkv=1, d=32, dv=64, topk=1, page_size=128, dtype=dtype, device=device, change=change
+    )
+    q = torch.zeros(1, 1, 2, 32, dtype=dtype, device=device)
+    q[0, 0, 0, 0], q[0, 0, 1, 2] = s, s
+    compare(cache, q, scale=1.0, **CHOICES)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("dtype", "group"), [(BF16, 1), (FP16, 4), (BF16, 8)])
+@pytest.mark.parametrize("drop", [False, True])
+def test_values_that_are_not_finite_on_tensor_cores(value, dtype, group, drop, device):
+    """A query that does not see a token does not meet its V, though they share a product."""
+    q = normal(2, 4, 2 * group, 64, seed=3, dtype=dtype, device=device)
+    options = {"drop": drop, **CHOICES}
+    clean = attend(filled([200, 200], dtype=dtype, device=device), q, **options)[0]
+
+    def change(k, v):
+        v[0, 198, 0, 3], v[0, 197, 0, 16] = value, value
+
+    out = attend(filled([200, 200], dtype=dtype, device=device, change=change), q, **options)[0]
+    plain = attend(filled([200, 200], dtype=dtype, device=device, change=change), q, drop=drop)[0]
+    assert torch.equal(out.isfinite(), plain.isfinite())
+    assert out[0, 0].isfinite().all() and (drop or not out[0, 2:, :group, 3].isfinite().any())
+    seen = out.isfinite()
+    torch.testing.assert_close(out[seen], clean[seen])
+    assert (~seen).sum() > 0 and seen[..., [c for c in range(64) if c not in (3, 16)]].all()
 
 
 def test_rows_without_overlap_are_not_read(device):

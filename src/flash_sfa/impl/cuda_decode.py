@@ -24,7 +24,7 @@ from ..codes import SparseCode
 SOURCE = Path(__file__).with_name("decode.cu")
 MAX_QUERIES, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 1024, 512
 # Blocks of 128 tokens a thread block takes at least, and the most parts a sequence is cut into.
-SPAN, MAX_SPLITS = 4, 128
+SPAN, MAX_SPLITS, MOST_SPLITS = 4, 128, 512
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 _COMBINE_THREADS = 512
 _SHARED = 48 * 1024
@@ -69,6 +69,12 @@ class Config:
     REP: int
     WARPS: int
     CTAS: int
+    # Choices that have not run on a GPU yet; see docs/decode.md.
+    MMA: int = 0
+    QTOPK: int = 0
+    EVEN: int = 0
+    EARLY: int = 0
+    SCALES: int = 0
 
     def macros(self) -> list[tuple[str, str]]:
         return [(f"SFA_{name}", str(value)) for name, value in asdict(self).items()]
@@ -121,7 +127,13 @@ def _cuda_core() -> Any:
 
 
 def configure(
-    cache: SparseKVCache, rows: int, *, dense_query: bool = False, drop: bool = False, **overrides: int
+    cache: SparseKVCache,
+    rows: int,
+    *,
+    dense_query: bool = False,
+    query_topk: bool = False,
+    drop: bool = False,
+    **overrides: int,
 ) -> Config:
     """The configuration for query rows a kv head (tokens times heads of the group)."""
     d, dv, size = cache.head_dim, cache.v_head_dim, cache.v_dtype.itemsize
@@ -130,27 +142,36 @@ def configure(
     vec = next(n for n in (16, 8, 4, 2, 1) if dv * size % n == 0)
     most = max(1, min(8, 2048 // d))
     n_rows = min(_power_above(rows), 1 << (most.bit_length() - 1))
-    while vec > 4 and vec // size > 8 and n_rows > 4:
+    # With tensor cores a lane holds dv / 4 accumulators whatever the rows.
+    mma = bool(overrides.get("MMA"))
+    if mma and not (size <= 2 and cache.dtype.itemsize == 2 and dv * size in (128, 256, 512)):
+        raise NotImplementedError("MMA needs 16-bit codes, V of at most 16 bits and rows of 128, 256 or 512 bytes")
+    while not mma and vec > 4 and vec // size > 8 and n_rows > 4:
         vec //= 2
-    while n_rows > 1 and n_rows * _accumulators(dv, size, vec) > 64:
+    while not mma and n_rows > 1 and n_rows * _accumulators(dv, size, vec) > 64:
         n_rows //= 2
     registers = n_rows * _accumulators(dv, size, vec)
-    if registers <= 8 or (n_rows == 2 and registers <= 16):
+    if mma:
+        ctas = 4 if dv <= 128 else 3
+    elif registers <= 8 or (n_rows == 2 and registers <= 16):
         ctas = 5 if cache.dense_dims else 6
     else:
         ctas = 4 if registers <= 32 else 3
+    unroll = 4 if mma and size == 2 else max(2, 8 // _pieces(dv, size, vec))
     code, index = cache.width * cache.dtype.itemsize, cache.width * (1 if d <= 256 else 2)
     config = Config(
         D=d, W=cache.width, R=len(cache.dense_dims), DV=dv, PAGE=cache.page_size, ROWS=n_rows,
         CODE=_KINDS[cache.dtype], V=_KINDS[cache.v_dtype], ALL=int(dense), DROP=int(drop and not dense),
-        QDENSE=int(dense_query), VEC=vec, UNROLL=max(2, 8 // _pieces(dv, size, vec)), STAGED=int(vec >= 4),
+        QDENSE=int(dense_query), VEC=vec, UNROLL=unroll, STAGED=int(vec >= 4),
         AHEAD=int(code % 4 == 0 and index % 4 == 0 and code + index <= 32),
-        REP=8 if n_rows == 1 and d <= 128 else 1, WARPS=4, CTAS=ctas,
+        REP=8 if n_rows == 1 and d <= 128 else 1, WARPS=4, CTAS=ctas, MMA=int(mma), QTOPK=int(query_topk),
     )  # fmt: skip
-    if _shared_bytes(config, cache) > _SHARED:
+    if not mma and _shared_bytes(config, cache) > _SHARED:
         config = replace(config, UNROLL=max(2, config.UNROLL - 2))
     if _shared_bytes(config, cache) > _SHARED:
         config = replace(config, AHEAD=0)
+    if mma and _shared_bytes(config, cache) > _SHARED:
+        config = replace(config, WARPS=2, CTAS=2 * ctas - 1)
     while _shared_bytes(config, cache) > _SHARED and config.ROWS > 1:
         config = replace(config, ROWS=config.ROWS // 2)
     return replace(config, **overrides)
@@ -158,8 +179,11 @@ def configure(
 
 def _shared_bytes(config: Config, cache: SparseKVCache) -> int:
     """Shared memory of sfa_decode, a little rounded up."""
-    own = max(512 * (1 + config.ROWS), config.ROWS * config.DV * 4)
-    staged = config.STAGED * config.UNROLL * _pieces(config.DV, cache.v_dtype.itemsize, config.VEC) * 32 * config.VEC
+    weights = (16 if config.ROWS <= 4 else 32) if config.MMA else 4 * config.ROWS
+    own = max(BLOCK * (4 + weights), config.ROWS * config.DV * 4)
+    size = cache.v_dtype.itemsize
+    pieces = config.DV * size // 128 if config.MMA else _pieces(config.DV, size, config.VEC)
+    staged = config.STAGED * config.UNROLL * pieces * 32 * config.VEC + config.MMA * 4 * config.DV
     ahead = config.AHEAD * BLOCK * config.W * (cache.dtype.itemsize + (1 if config.D <= 256 else 2))
     return config.WARPS * (own + staged + ahead + 64) + 4 * config.ROWS * (config.D * config.REP + config.R + 8)
 
@@ -187,12 +211,14 @@ def attend(
     drop: bool,
     stats: bool,
     *,
+    topk: int | None = None,
     span: int = SPAN,
-    max_splits: int = MAX_SPLITS,
+    max_splits: int | None = None,
     **overrides: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out (b, sq, hq, dv), lse (b, hq, sq), misplaced (b, hq, sq), all 0, and rows_read (b, hkv).
 
+    q is a code, or a tensor: with topk the kernel keeps its largest features itself, without it stays dense.
     rows_read counts what was read: query rows that do not fit into one pass read again. Without stats it and
     misplaced are not set.
     """
@@ -206,9 +232,16 @@ def attend(
     if b == 0 or sq == 0:
         return out, lse, misplaced, rows_read
     group = hq // hkv
-    config = configure(cache, sq * group, dense_query=isinstance(q, Tensor), drop=drop, **overrides)
+    ranked = isinstance(q, Tensor) and topk is not None
+    entries = cache.head_dim if topk is None else min(topk, cache.head_dim - len(cache.dense_dims))
+    config = configure(
+        cache, sq * group, dense_query=isinstance(q, Tensor) and not ranked, query_topk=ranked, drop=drop, **overrides
+    )
     lengths, pages, sums, longest = cache._tables(layer, ids)
     left, right = (min(w, 2**30) for w in window)
+    chunks = -(-sq * group // config.ROWS)
+    if max_splits is None:
+        max_splits = _splits(config, hkv * chunks, device) if config.EVEN else MAX_SPLITS
     blocks = -(-longest // BLOCK)
     if left >= 0:
         blocks = min(blocks, (left + sq) // BLOCK + 2)
@@ -216,9 +249,12 @@ def attend(
     part_o = torch.empty(b * sq * hq * splits * dv, dtype=torch.float32, device=device)
     part_ml = torch.empty(b * sq * hq * splits * 2, dtype=torch.float32, device=device)
     if isinstance(q, SparseCode):
-        parts = [x.contiguous() for x in (q.values, q.indices, q.dense)]
+        parts, entries = [x.contiguous() for x in (q.values, q.indices, q.dense)], q.topk
+    elif ranked:
+        q = q.contiguous()
+        parts = [q, q, _dims(cache.dense_dims, device) if cache.dense_dims else q]
     else:
-        dims = torch.tensor(cache.dense_dims, dtype=torch.int64, device=device) if cache.dense_dims else None
+        dims = _dims(cache.dense_dims, device) if cache.dense_dims else None
         parts = [q.contiguous(), q, q if dims is None else q.index_select(-1, dims)]
     pool = cache._layers[layer]
     tensors = {
@@ -231,34 +267,50 @@ def attend(
     params = Params(
         **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
         scale=softmax_scale * 1.4426950408889634,
-        sq=sq, hq=hq, hkv=hkv, wq=parts[0].shape[-1], left=left, right=right, pages_stride=pages.shape[1],
-        sums_stride=sums.shape[1], part_stride=splits, span=span, max_splits=max_splits,
+        sq=sq, hq=hq, hkv=hkv, wq=entries, left=left, right=right,
+        pages_stride=pages.shape[1], sums_stride=sums.shape[1], part_stride=splits, span=span, max_splits=max_splits,
     )  # fmt: skip
-    chunks = -(-sq * group // config.ROWS)
     kernels = load(config, device)
     kernels.launch("sfa_decode", (hkv * chunks, b, splits), 32 * config.WARPS, params)
-    kernels.launch("sfa_combine", (sq * hq, b, 1), _COMBINE_THREADS, params)
+    kernels.launch("sfa_combine", (sq * hq, b, 1), _COMBINE_THREADS, params, early=bool(config.EARLY))
     return out, lse, misplaced, rows_read
+
+
+@functools.cache
+def _dims(dense_dims: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(dense_dims, dtype=torch.int32, device=device)
+
+
+def _splits(config: Config, columns: int, device: torch.device) -> int:
+    """The most parts of a sequence: such that one long sequence fills the GPU exactly once.
+
+    Depends on the kernel's shape and the GPU, never on the batch, as results do.
+    """
+    if device.type != "cuda":
+        return MAX_SPLITS
+    room = torch.cuda.get_device_properties(device).multi_processor_count * config.CTAS
+    return max(1, min(room // columns, MOST_SPLITS))
 
 
 # Compiling and loading
 
 
-def compile_kernels(config: Config, arch: str) -> bytes:
-    """A cubin of decode.cu; needs cuda-core and NVRTC, but no GPU."""
+def compile_kernels(config: Any, arch: str, source: Path = SOURCE) -> bytes:
+    """A cubin of a source file; needs cuda-core and NVRTC, but no GPU."""
     core = _cuda_core()
     if core is None:
         raise RuntimeError("cuda-core is not installed: pip install 'flash-sfa[cuda]'")
     options = core.ProgramOptions(arch=arch, std="c++17", define_macro=config.macros())
-    built = core.Program(SOURCE.read_text(), code_type="c++", options=options).compile("cubin")
+    built = core.Program(source.read_text(), code_type="c++", options=options).compile("cubin")
     return bytes(built.code)
 
 
-def cached_kernels(config: Config, arch: str) -> Path:
+def cached_kernels(config: Any, arch: str, source: Path = SOURCE) -> Path:
     """The file that holds, or is to hold, the cubin."""
-    key = hashlib.sha256(repr((SOURCE.read_text(), config, arch)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((source.read_text(), config, arch)).encode()).hexdigest()[:32]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "flash_sfa" / f"decode-{arch}-{key}.cubin"
+    return Path(root) / "flash_sfa" / f"{source.stem}-{arch}-{key}.cubin"
 
 
 class _Driver:
@@ -269,6 +321,7 @@ class _Driver:
         self.lib.cuLaunchKernel.argtypes = [
             ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
         ]  # fmt: skip
+        self.lib.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
 
     def call(self, name: str, *arguments: Any) -> None:
         if code := getattr(self.lib, name)(*arguments):
@@ -277,6 +330,23 @@ class _Driver:
             raise RuntimeError(f"{name} failed with {code}: {(text.value or b'unknown').decode()}")
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, whose value is a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
 _driver = functools.cache(_Driver)
 _threads = threading.local()
 
@@ -284,25 +354,28 @@ _threads = threading.local()
 class Kernels:
     """The kernels of one configuration on one device."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(
+        self, config: Any, device: torch.device, source: Path = SOURCE,
+        names: tuple[str, ...] = ("sfa_decode", "sfa_combine"),
+    ) -> None:  # fmt: skip
         self.device, self.functions = device, {}
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-        file = cached_kernels(config, arch)
+        file = cached_kernels(config, arch, source)
         module = ctypes.c_void_p()
         self._bind()
         try:
             image = file.read_bytes()
             _driver().call("cuModuleLoadData", ctypes.byref(module), image)
         except (OSError, RuntimeError):  # not there, or written for another driver
-            image = compile_kernels(config, arch)
+            image = compile_kernels(config, arch, source)
             _driver().call("cuModuleLoadData", ctypes.byref(module), image)
             _keep(file, image)
-        for name in ("sfa_decode", "sfa_combine"):
+        for name in names:
             function = ctypes.c_void_p()
             _driver().call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
             self.functions[name] = function
         # All of L1 as shared memory: the 100 is per cent, the 9 CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT.
-        _driver().call("cuFuncSetAttribute", self.functions["sfa_decode"], 9, 100)
+        _driver().call("cuFuncSetAttribute", self.functions[names[0]], 9, 100)
 
     def _bind(self) -> None:
         """Make torch's context current in this thread: any launch does."""
@@ -311,12 +384,20 @@ class Kernels:
             torch.zeros(1, device=self.device)
             bound.add(self.device)
 
-    def launch(self, name: str, grid: tuple[int, int, int], threads: int, params: Params) -> None:
+    def launch(self, name: str, grid: tuple[int, int, int], threads: int, params: Any, *, early: bool = False) -> None:
+        """early: the kernel waits by itself for the one before it, so that it may be started before that one ends."""
         with torch.cuda.device(self.device):
             self._bind()
             stream = torch.cuda.current_stream().cuda_stream
             arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-            _driver().call("cuLaunchKernel", self.functions[name], *grid, threads, 1, 1, 0, stream, arguments, None)
+            if not early or torch.cuda.get_device_capability(self.device) < (9, 0):
+                _driver().call("cuLaunchKernel", self.functions[name], *grid, threads, 1, 1, 0, stream, arguments, None)
+                return
+            attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+            launch = _Launch(
+                grid=grid, block=(threads, 1, 1), stream=stream, attributes=ctypes.pointer(attribute), count=1
+            )
+            _driver().call("cuLaunchKernelEx", ctypes.byref(launch), self.functions[name], arguments, None)
 
 
 def _keep(file: Path, image: bytes) -> None:

@@ -14,7 +14,10 @@
 //
 // Set by the launcher: SFA_D, SFA_W (entries a key), SFA_R (always-on features), SFA_DV, SFA_PAGE, SFA_ROWS, SFA_CODE
 // and SFA_V (0 bf16, 1 fp16, 2 fp32; V also 3 int8, 4 e4m3), SFA_ALL (every pair overlaps), SFA_DROP, SFA_QDENSE,
-// SFA_VEC (bytes a lane loads of a V row), SFA_UNROLL (such loads in flight), SFA_STAGED, SFA_AHEAD, SFA_REP (copies of the table), SFA_WARPS, SFA_CTAS.
+// SFA_VEC (bytes a lane loads of a V row), SFA_UNROLL (such loads in flight), SFA_STAGED, SFA_AHEAD, SFA_REP (copies of
+// the table), SFA_WARPS, SFA_CTAS. Not run on a GPU yet, 0 unless asked for: SFA_MMA (V rows on tensor cores), SFA_QTOPK
+// (q is given whole and ranked here), SFA_EVEN (spans of any length), SFA_EARLY (sfa_combine may start early), SFA_SCALES
+// (scales of 8-bit V come ahead).
 
 #ifdef SFA_HOST
 #include SFA_HOST
@@ -81,6 +84,42 @@ template <int PENDING>
 __device__ __forceinline__ void wait_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+
+__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+__device__ __forceinline__ u32 warp_max_u32(u32 x) { return __reduce_max_sync(~0u, x); }
+
+// Adds (16 x 16) times (16 x 8), in the fragment layout of mma.m16n8k16.
+template <bool HALF>
+__device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  if constexpr (HALF) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// Two bf16 numbers a word, multiplied and added.
+__device__ __forceinline__ u32 fma_bf16x2(u32 x, u32 y, u32 z) {
+  u32 out;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(z));
+  return out;
+}
+
+// A kernel launched to overlap waits here for the one before it.
+__device__ __forceinline__ void wait_for_kernel() {
+#if __CUDA_ARCH__ >= 900 && SFA_EARLY
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900 && SFA_EARLY
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 #endif
 
 constexpr int D = SFA_D, W = SFA_W, R = SFA_R, DV = SFA_DV, PAGE = SFA_PAGE, ROWS = SFA_ROWS;
@@ -89,6 +128,8 @@ constexpr int BLOCK = 128, TPL = BLOCK / 32;
 constexpr bool ALL = SFA_ALL, DROP = SFA_DROP;
 constexpr int CB = SFA_CODE == 2 ? 4 : 2, IB = D <= 256 ? 1 : 2;
 constexpr int VB = SFA_V == 2 ? 4 : SFA_V >= 3 ? 1 : 2;
+// MMA: V rows meet the weights on tensor cores, 16 tokens at a time; see multiply_tile.
+constexpr bool MMA = SFA_MMA, HALF = SFA_V == 1;
 
 __host__ __device__ constexpr int pow2_divisor(int n) { return n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
 __host__ __device__ constexpr int pow2_above(int n) { return n <= 1 ? 1 : 2 * pow2_above((n + 1) / 2); }
@@ -97,7 +138,8 @@ __host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // A V row is CHUNKS pieces of VEC bytes; LPR lanes take one each (CH in turn), so a warp loads RPL rows at once.
 constexpr int VEC = SFA_VEC, EPV = VEC / VB, CHUNKS = DV * VB / VEC;
-constexpr int LPR = min_of(32, pow2_above(CHUNKS)), RPL = 32 / LPR, CH = (CHUNKS + 31) / 32, ACC = CH * EPV;
+constexpr int LPR = MMA ? 8 : min_of(32, pow2_above(CHUNKS)), RPL = 32 / LPR;
+constexpr int CH = (CHUNKS + LPR - 1) / LPR, ACC = CH * EPV;
 static_assert(VEC % VB == 0 && DV * VB % VEC == 0, "VEC must divide a row of V");
 
 // The lookup table holds the rows in groups of RV, so that a lane reads one vector of RV floats an entry.
@@ -107,16 +149,24 @@ constexpr int EC = 16 / CB;  // entries a 16-byte piece of values
 
 // V rows in flight stay in registers, or go through shared memory, a lane reading what it copied itself.
 constexpr bool STAGED = SFA_STAGED;
+static_assert(!MMA || (STAGED && VEC == 16 && VB <= 2 && CHUNKS % 8 == 0 && CH <= 4 && UNROLL % 4 == 0), "MMA needs this");
 constexpr int WORDS = (VEC + 3) / 4;
 // The next block's codes come to shared memory while V rows of this one are read.
 constexpr bool AHEAD = SFA_AHEAD;
+// So do the scales of 8-bit V.
+constexpr bool SCALES = SFA_SCALES && SFA_V >= 3;
 constexpr int AHEAD_BYTES = AHEAD ? BLOCK * W * (CB + IB) : 16;
 
 constexpr int TABLE_FLOATS = D * REP * ROWS;
-constexpr int QUEUE_BYTES = BLOCK * 4 * (1 + ROWS), OWN_BYTES = (max_of(QUEUE_BYTES, ROWS * DV * 4) + 15) / 16 * 16;
+// With MMA a weight is the sum of two 16-bit numbers, which stand 4 or 8 columns apart. For fp16 it is scaled up, since
+// weights below 2^-24 would be lost.
+constexpr int LOW = ROWS <= 4 ? 4 : 8, COLUMNS = 2 * LOW, TILES = DV / 16;
+constexpr float UP = MMA && HALF ? 16384.0f : 1.0f;
+constexpr int WEIGHT_BYTES = MMA ? 2 * COLUMNS : 4 * ROWS;
+constexpr int QUEUE_BYTES = BLOCK * (4 + WEIGHT_BYTES), OWN_BYTES = (max_of(QUEUE_BYTES, ROWS * DV * 4) + 15) / 16 * 16;
 
 struct Params {
-  const void *q_values, *q_indices, *q_dense;
+  const void *q_values, *q_indices, *q_dense;  // with SFA_QTOPK the first is q, and the last the numbers of its always-on features
   const void *values, *indices, *dense, *v;
   const u16* v_scale;
   const float* sums;
@@ -139,7 +189,7 @@ __device__ __forceinline__ Range range_of(const Params& p, int length) {
   Range r;
   r.first = lo > 0 ? lo / BLOCK : 0;
   r.last = (length + BLOCK - 1) / BLOCK;
-  r.span = p.span;
+  r.span = SFA_EVEN ? max(p.span, (r.last - r.first + p.max_splits - 1) / p.max_splits) : p.span;
   while (r.span * p.max_splits < r.last - r.first) r.span *= 2;
   r.splits = (r.last - r.first + r.span - 1) / r.span;
   return r;
@@ -284,6 +334,88 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// Two tokens' words of V -> pairs (token 0, token 1) of elements, 16 bits each: element i of the words.
+__device__ __forceinline__ u32 pair_elements(u32 x0, u32 x1, int i) {
+  if constexpr (VB == 2) return bytes_of(x0, x1, i == 0 ? 0x5410 : 0x7632);
+  u32 both = bytes_of(x0, x1, i < 2 ? 0x5140 : 0x7362);
+  if constexpr (SFA_V == 3) {
+    // 0x43xx is 128 + the low seven bits, and 128 or 256 by the sign.
+    u32 x = bytes_of(both, 0x43434343u, i % 2 ? 0x4342 : 0x4140);
+    return fma_bf16x2(x & 0xff80ff80u, 0xbf80bf80u, x & 0xff7fff7fu);
+  }
+  // e4m3 bits as a bf16 number 2^120 times too small; the cache stores no NaN in V.
+  u32 x = bytes_of(both, 0u, i % 2 ? 0x3424 : 0x1404);
+  return fma_bf16x2((x & 0x80008000u) | (x >> 4 & 0x07f007f0u), 0x7b807b80u, 0x80008000u);
+}
+
+__device__ __forceinline__ u16 to_weight(float x) { return HALF ? to_half(x) : to_bf16(x); }
+__device__ __forceinline__ float from_weight(u16 x) { return HALF ? from_half(x) : as_float((u32)x << 16); }
+
+// acc += V^T W of 16 tokens. Lane (g, c) = (lane / 4, lane % 4) holds tokens c, c + 4, c + 8 and c + 12 of the tile, of
+// each the columns (g + 8 k) EPV + e of V. The order of tokens and of columns is free in a product, so what a lane
+// copied from memory is its fragment: tile k EPV / 2 + i multiplies the elements 2 i and 2 i + 1 of piece k.
+template <int N, int E>
+__device__ __forceinline__ void multiply_tile(const u32 (&data)[4][CH][WORDS], const u16* weights, float (&acc)[N][E]) {
+  u32 w[COLUMNS / 8][2];
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 8; ++i) {
+    Words<2> part = *(const Words<2>*)(weights + i * 32);
+    w[i][0] = part.x[0];
+    w[i][1] = part.x[1];
+  }
+  constexpr int PER = 4 / VB;  // elements a word
+#pragma unroll
+  for (int k = 0; k < CH; ++k)
+#pragma unroll
+    for (int i = 0; i < EPV / 2; ++i) {
+      u32 a[4];
+      int word = 2 * i / PER, e = 2 * i % PER;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        a[j] = pair_elements(data[j / 2 * 2][k][word], data[j / 2 * 2 + 1][k][word], e + j % 2);
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; ++j)
+        if constexpr (E == 4) multiply_add<HALF>(acc[(k * (EPV / 2) + i) % N], a, w[j]);
+    }
+}
+
+// A row that does not see a token must not meet its V, which may not be finite: 0 times infinity. Such elements are
+// taken out, and what they spoil is set to NaN here.
+template <int N, int E>
+__device__ __forceinline__ void take_out(u32 (&data)[4][CH][WORDS], const u16* weights, int lane, float (&acc)[N][E]) {
+  constexpr u32 EXPONENT = HALF ? 0x7c00u : 0x7f80u;
+  u32 found[4], any = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    found[j] = 0;
+#pragma unroll
+    for (int k = 0; k < CH; ++k)
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) {
+        u32 x = data[j][k][i], low = (x & EXPONENT) == EXPONENT, high = (x >> 16 & EXPONENT) == EXPONENT;
+        found[j] |= (low | high << 1) << (2 * (k * WORDS + i));
+        data[j][k][i] = x & ~((low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u));
+      }
+    any |= found[j];
+  }
+  if (__ballot_sync(~0u, any != 0) == 0) return;
+#pragma unroll 1
+  for (int r = 0; r < ROWS; ++r) {
+    u32 spoiled = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)  // weights points at column lane / 4 of this lane's tokens
+      if (weights[(r - lane / 4) * 4 + j] & 0x7fffu) spoiled |= found[j];
+    spoiled |= __shfl_xor_sync(~0u, spoiled, 1);
+    spoiled |= __shfl_xor_sync(~0u, spoiled, 2);
+    if (lane % 4 != r / 2) continue;
+#pragma unroll
+    for (int t = 0; t < N; ++t)
+#pragma unroll
+      for (int e = 0; e < E; ++e)
+        if (e % 2 == r % 2 && (spoiled >> (2 * t + e / 2) & 1)) acc[t][e] = as_float(0x7fc00000u);
+  }
+}
+
 #define NEG_INF as_float(0xff800000u)
 
 __device__ __forceinline__ float finite_max(float m) { return m == NEG_INF ? 0.0f : m; }
@@ -297,7 +429,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
   __shared__ float merged[WARPS][ROWS][2];
   __shared__ int bounds[2][ROWS];
   __shared__ int bad[ROWS];
+  alignas(16) __shared__ float sum_ahead[WARPS][MMA ? DV : 4];
 
+  let_next_kernel_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, batch = blockIdx.y, split = blockIdx.z;
   const int group = p.hq / p.hkv, total_rows = group * p.sq, chunks = (total_rows + ROWS - 1) / ROWS;
   const int head = blockIdx.x / chunks, row0 = (blockIdx.x % chunks) * ROWS;
@@ -318,6 +452,74 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     bad[r] = 0;
   }
   __syncthreads();
+#if SFA_QTOPK
+  // A warp ranks the features of a row: by magnitude, NaN first, then by number.
+  constexpr int MINE = (D + 31) / 32;
+#pragma unroll 1
+  for (int r = warp; r < ROWS; r += WARPS) {
+    const bool real = row0 + r < total_rows;
+    const i64 q_row = ((i64)batch * p.sq + (row0 + r) / group) * p.hq + head * group + (row0 + r) % group;
+    float x[MINE];
+    u32 key[MINE], members = 0;
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+      int u = lane + 32 * i;
+      x[i] = real && u < D ? scalar<SFA_CODE>(p.q_values, q_row * D + u) : 0.0f;
+      key[i] = u < D ? min(__float_as_uint(x[i]) & 0x7fffffffu, 0x7f800001u) + 1 : 0;
+    }
+    for (int j = 0; j < R; ++j) {
+      int always_on = ((const int*)p.q_dense)[j];
+#pragma unroll
+      for (int i = 0; i < MINE; ++i)
+        if (lane + 32 * i == always_on) {
+          key[i] = 0;
+          if (x[i] - x[i] != 0.0f) bad[r] = 1;
+          always[j * ROWS + r] = x[i] * p.scale;
+        }
+    }
+#pragma unroll 1
+    for (int e = 0; e < p.wq; ++e) {
+      u32 best = 0, at = 0;
+#pragma unroll
+      for (int i = 0; i < MINE; ++i) best = max(best, key[i]);
+      best = warp_max_u32(best);
+#pragma unroll
+      for (int i = MINE - 1; i >= 0; --i)
+        if (key[i] == best) at = ~(u32)(lane + 32 * i);
+      at = ~warp_max_u32(at);
+#pragma unroll
+      for (int i = 0; i < MINE; ++i)
+        if (lane + 32 * i == at) {
+          members |= 1u << i;
+          key[i] = 0;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+      int u = lane + 32 * i;
+      if (u >= D) continue;
+      bool member = members >> i & 1;
+      if (member && x[i] - x[i] != 0.0f) bad[r] = 1;
+      float entry = member ? x[i] * p.scale : 0.0f;
+      // The lowest bit says that the feature is kept.
+      if (!ALL) entry = as_float((__float_as_uint(entry) & ~1u) | (member && real ? 1u : 0u));
+#pragma unroll 4
+      for (int j = 0; j < REP; ++j) table[((r / RV * D + u) * REP + (j + lane) % REP) * RV + r % RV] = entry;
+    }
+  }
+  if (!ALL && !DROP && ROWS > 1) {  // by any row, in row 0
+    __syncthreads();
+    for (int u = threadIdx.x; u < D; u += THREADS) {
+      u32 kept = 0;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) kept |= __float_as_uint(table[(r / RV * D + u) * REP * RV + r % RV]) & 1u;
+      for (int j = 0; j < REP; ++j) {
+        float* entry = table + (u * REP + j) * RV;
+        *entry = as_float(__float_as_uint(*entry) | kept);
+      }
+    }
+  }
+#else
   for (int u = threadIdx.x; u < D + R; u += THREADS) {
     float x[ROWS];
     bool member = false;
@@ -369,21 +571,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
         *(Floats<RV>*)(table + ((g * D + u) * REP + (i + lane) % REP) * RV) = entry;
     }
   }
+#endif
   __syncthreads();
 
   const float* my_table = table + lane % REP * RV;
   u32* queue_row = (u32*)own[warp];
   float* queue_weight = (float*)own[warp] + BLOCK;
+  u16* queue_parts = (u16*)queue_weight;  // with MMA: [tile of 16][token % 4][column][token / 4 % 4]
+  if constexpr (MMA) {
+#pragma unroll
+    for (int i = 0; i < BLOCK * COLUMNS / 2; i += 32) ((u32*)queue_parts)[i + lane] = 0;
+  }
   const int* pages = p.pages + (i64)batch * p.pages_stride;
   const int* sum_rows = p.sum_rows + (i64)batch * p.sums_stride;
-  const int sub = lane / LPR, column = lane % LPR;
+  const int sub = MMA ? lane % 4 : lane / LPR, column = MMA ? lane / 4 : lane % LPR;
 
   // Lane r keeps the maximum, the weight and mu of row r.
-  float my_m = NEG_INF, my_z = 0.0f, my_mu = 0.0f, acc[ROWS][ACC];
+  constexpr int ACC_ROWS = MMA ? TILES : ROWS, ACC_EACH = MMA ? 4 : ACC;
+  float my_m = NEG_INF, my_z = 0.0f, my_mu = 0.0f, acc[ACC_ROWS][ACC_EACH];
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r)
+  for (int r = 0; r < ACC_ROWS; ++r)
 #pragma unroll
-    for (int e = 0; e < ACC; ++e) acc[r][e] = 0.0f;
+    for (int e = 0; e < ACC_EACH; ++e) acc[r][e] = 0.0f;
   int rows_read = 0;
   const int end = min(range.last, range.first + (split + 1) * range.span);
 
@@ -413,13 +622,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     }
     close_group();
   };
-  u32 row[TPL];
+  u32 row[TPL], v_scale[TPL];
+  auto fetch_scales = [&](const u32 (&row)[TPL]) {
+    if constexpr (SCALES) {
+#pragma unroll
+      for (int i = 0; i < TPL; ++i) load<2>(p.v_scale + row[i], &v_scale[i]);
+    }
+  };
   if constexpr (AHEAD) {
     if (first < end) {
       locate(first, row);
       fetch_codes(row);
+      fetch_scales(row);
     }
   }
+  const u32 real = MMA ? (1u << min(ROWS, total_rows - row0)) - 1 : 0;
 
 #pragma unroll 1
   for (int block = first; block < end; block += WARPS) {
@@ -439,7 +656,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       locate(min(block + WARPS, end - 1), next);
     } else {
       locate(block, row);
+      fetch_scales(row);
     }
+    const bool mixed = DROP || (whole & real) != real;
 
     u32 visible[TPL], flag[TPL][FLAGS];
     float s[TPL][ROWS];
@@ -507,8 +726,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       top = fmaxf(warp_max(top), before);
       if (top > before) {
         float factor = ex2(before - top);
+        if constexpr (MMA) {
+          // The lane's accumulators belong to rows 2 c and 2 c + 1.
+          if (sub % (LOW / 2) == r / 2)
 #pragma unroll
-        for (int e = 0; e < ACC; ++e) acc[r][e] *= factor;
+            for (int t = 0; t < TILES; ++t) {
+              acc[t][r % 2] *= factor;
+              acc[t][2 + r % 2] *= factor;
+            }
+        } else {
+#pragma unroll
+          for (int e = 0; e < ACC; ++e) acc[r % ACC_ROWS][e % ACC_EACH] *= factor;
+        }
         if (lane == r) my_z *= factor;
       }
       float base = finite_max(top);
@@ -549,15 +778,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       u32 mask = __ballot_sync(~0u, read[i] != 0);
       if (read[i]) {
         int at = count + __popc(mask & ((1u << lane) - 1));
-        float scale = 1.0f;
+        float scale = UP;  // 1 but for MMA
         if constexpr (SFA_V >= 3) {
-          scale = as_float((u32)p.v_scale[row[i]] << 16);  // bf16
+          scale = as_float((SCALES ? v_scale[i] : (u32)p.v_scale[row[i]]) << 16);  // bf16
         }
         queue_row[at] = row[i];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           // The scale of a row that is not finite is not either, and must not reach who does not see it.
-          queue_weight[at * ROWS + r] = s[i][r] == 0.0f ? 0.0f : s[i][r] * scale;
+          if constexpr (MMA) {
+            float weight = s[i][r] == 0.0f ? 0.0f : s[i][r] * scale;
+            u16* to = queue_parts + ((at / 16 * 4 + at % 4) * COLUMNS + r) * 4 + at / 4 % 4;
+            u16 high = to_weight(weight);
+            to[0] = high;
+            to[LOW * 4] = to_weight(weight - from_weight(high));
+          } else {
+            queue_weight[at * ROWS + r] = s[i][r] == 0.0f ? 0.0f : s[i][r] * scale;
+          }
         }
       }
       count += __popc(mask);
@@ -567,20 +804,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     if constexpr (AHEAD) {
 #pragma unroll
       for (int i = 0; i < TPL; ++i) row[i] = next[i];
-      if (block + WARPS < end) fetch_codes(row);
+      if (block + WARPS < end) {
+        fetch_codes(row);
+        fetch_scales(row);
+      }
     }
 
     float sum[ACC];
-    if (use_sum && sub == 0) {
+    if (MMA && use_sum) {
+      const float* sums = p.sums + ((i64)sum_row * p.hkv + head) * DV;
+      for (int i = lane * 4; i < DV; i += 128) copy_async<16>(sum_ahead[warp] + i, sums + i);
+      close_group();
+    }
+    if (!MMA && use_sum && sub == 0) {
       const float* sums = p.sums + ((i64)sum_row * p.hkv + head) * DV;
 #pragma unroll
       for (int k = 0; k < CH; ++k) {
-        bool in_row = column + k * 32 < CHUNKS;
+        bool in_row = column + k * LPR < CHUNKS;
         constexpr int STEP = min_of(EPV, 4);
 #pragma unroll
         for (int e = 0; e < EPV; e += STEP) {
           Floats<STEP> part = {};
-          if (in_row) part = *(const Floats<STEP>*)(sums + (column + k * 32) * EPV + e);
+          if (in_row) part = *(const Floats<STEP>*)(sums + (column + k * LPR) * EPV + e);
 #pragma unroll
           for (int j = 0; j < STEP; ++j) sum[k * EPV + e + j] = part.x[j];
         }
@@ -595,7 +840,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
         // A row that does not see the token must not meet its V, which may not be finite.
         if (ROWS == 1 || weight != 0.0f) {
 #pragma unroll
-          for (int e = 0; e < ACC; ++e) acc[r][e] = fmaf(weight, v_element(data[e / EPV], e % EPV), acc[r][e]);
+          for (int e = 0; e < ACC; ++e)
+            acc[r % ACC_ROWS][e % ACC_EACH] = fmaf(weight, v_element(data[e / EPV], e % EPV), acc[r % ACC_ROWS][e % ACC_EACH]);
         }
       }
     };
@@ -605,13 +851,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
         if (j < count) {
 #pragma unroll
           for (int k = 0; k < CH; ++k)
-            if (column + k * 32 < CHUNKS)
-              copy_async<VEC>(staged[warp][u][k][lane], v_row(j) + (column + k * 32) * VEC);
+            if (column + k * LPR < CHUNKS)
+              copy_async<VEC>(staged[warp][u][k][lane], v_row(j) + (column + k * LPR) * VEC);
         }
         close_group();
       };
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) fetch(u * RPL + sub, u);
+      if constexpr (MMA) {
+#pragma unroll 1
+        for (int base = 0; base < count; base += 4 * UNROLL) {
+#pragma unroll
+          for (int tile = 0; tile < UNROLL / 4; ++tile) {
+            u32 data[4][CH][WORDS];
+            const int from = base + 16 * tile;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              int j = from + 4 * i + sub, u = 4 * tile + i;
+              wait_groups<UNROLL - 1>();
+#pragma unroll
+              for (int k = 0; k < CH; ++k) {
+                Words<WORDS> piece = *(const Words<WORDS>*)staged[warp][u % UNROLL][k][lane];
+#pragma unroll
+                for (int word = 0; word < WORDS; ++word) data[i][k][word] = j < count ? piece.x[word] : 0;
+              }
+              fetch(j + 4 * UNROLL, u);
+            }
+            const u16* weights = queue_parts + ((from / 16 * 4 + sub) * COLUMNS + column) * 4;
+            if (from < count) {
+              if (VB == 2 && mixed) take_out(data, weights, lane, acc);
+              multiply_tile(data, weights, acc);
+            }
+          }
+        }
+      } else {
 #pragma unroll 1
       for (int base = 0; base < count; base += RPL * UNROLL) {
 #pragma unroll
@@ -627,6 +900,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
           if (j < count) add(j, data);
         }
       }
+      }
     } else {
 #pragma unroll 1
       for (int base = 0; base < count; base += RPL * UNROLL) {
@@ -636,20 +910,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
           int j = base + u * RPL + sub;
 #pragma unroll
           for (int k = 0; k < CH; ++k)
-            if (j < count && column + k * 32 < CHUNKS) load<VEC>(v_row(j) + (column + k * 32) * VEC, data[u][k]);
+            if (j < count && column + k * LPR < CHUNKS) load<VEC>(v_row(j) + (column + k * LPR) * VEC, data[u][k]);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
           if (base + u * RPL + sub < count) add(base + u * RPL + sub, data[u]);
       }
     }
-    if (use_sum) {
+    if (MMA && use_sum) {
+      float mu[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        mu[i] = __shfl_sync(~0u, my_mu, 2 * sub + i);
+        if (2 * sub + i >= ROWS) mu[i] = 0.0f;  // the columns of the lower parts
+      }
+      wait_groups<0>();
+      __syncwarp();
+#pragma unroll
+      for (int t = 0; t < ACC_ROWS; ++t)
+#pragma unroll
+        for (int e = 0; e < ACC_EACH; ++e) {
+          float x = sum_ahead[warp][(column + t / (EPV / 2) * 8) * EPV + t % (EPV / 2) * 2 + e / 2];
+          if (mu[e % 2] != 0.0f) acc[t][e] = fmaf(UP * mu[e % 2], x, acc[t][e]);
+        }
+    } else if (use_sum) {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         float mu = __shfl_sync(~0u, my_mu, r);
         if (sub == 0 && (ROWS == 1 || mu != 0.0f)) {
 #pragma unroll
-          for (int e = 0; e < ACC; ++e) acc[r][e] = fmaf(mu, sum[e], acc[r][e]);
+          for (int e = 0; e < ACC; ++e)
+            acc[r % ACC_ROWS][e % ACC_EACH] = fmaf(mu, sum[e], acc[r % ACC_ROWS][e % ACC_EACH]);
         }
       }
     }
@@ -657,23 +948,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
 
   // Merge the lanes that hold the same columns, then the warps.
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
+  for (int r = 0; r < ACC_ROWS; ++r) {
 #pragma unroll
-    for (int e = 0; e < ACC; ++e) {
+    for (int e = 0; e < ACC_EACH; ++e) {
+      if constexpr (MMA) {
+        if constexpr (LOW == 4) acc[r][e] += __shfl_xor_sync(~0u, acc[r][e], 2);
+      } else {
 #pragma unroll
-      for (int offset = LPR; offset < 32; offset *= 2) acc[r][e] += __shfl_xor_sync(~0u, acc[r][e], offset);
+        for (int offset = LPR; offset < 32; offset *= 2) acc[r][e] += __shfl_xor_sync(~0u, acc[r][e], offset);
+      }
     }
   }
   __syncwarp();
   float* own_o = (float*)own[warp];
-  if (sub == 0) {
+  if constexpr (MMA) {
+#pragma unroll
+    for (int t = 0; t < ACC_ROWS; ++t)
+#pragma unroll
+      for (int e = 0; e < ACC_EACH; ++e) {
+        int r = 2 * sub + e % 2, c = (column + t / (EPV / 2) * 8) * EPV + t % (EPV / 2) * 2 + e / 2;
+        if (r < ROWS) own_o[r * DV + c] = acc[t][e] / UP;
+      }
+  } else if (sub == 0) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
       for (int k = 0; k < CH; ++k)
-        if (column + k * 32 < CHUNKS)
+        if (column + k * LPR < CHUNKS)
 #pragma unroll
-          for (int e = 0; e < EPV; ++e) own_o[r * DV + (column + k * 32) * EPV + e] = acc[r][k * EPV + e];
+          for (int e = 0; e < EPV; ++e)
+            own_o[r * DV + (column + k * LPR) * EPV + e] = acc[r % ACC_ROWS][(k * EPV + e) % ACC_EACH];
   }
   if (lane < ROWS) {
     merged[warp][lane][0] = my_m;
@@ -716,6 +1020,7 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS) sfa_combine(con
   const int batch = blockIdx.y, token = blockIdx.x / p.hq, h = blockIdx.x % p.hq;
   const i64 q_row = ((i64)batch * p.sq + token) * p.hq + h;
   const int splits = range_of(p, p.lengths[batch]).splits;
+  wait_for_kernel();
   const float* ml = p.part_ml + 2 * q_row * p.part_stride;
   const float* part_o = p.part_o + q_row * p.part_stride * DV;
 
