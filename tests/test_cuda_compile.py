@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from flash_sfa.impl import cuda_decode
+from flash_sfa.impl import cuda_append, cuda_decode
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # name: query rows a kv head, then what differs from d = dv = 128, topk 8, bf16, pages of 256
@@ -50,16 +50,48 @@ def test_shared_memory_is_in_bounds(head_dim, v_head_dim, dtype):
             assert cuda_decode._shared_bytes(config, cache) <= 48 * 1024, (config, width)
 
 
+def resources(image, folder):
+    """(kernel, registers, stack, shared memory) of the kernels of a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file = folder / "kernels.cubin"
+    file.write_bytes(image)
+    usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+
+
+# Compiled in only if asked for: tensor cores, and q ranked by the kernel.
+CHOICES = {"MMA": 1, "QTOPK": 1, "EVEN": 1, "EARLY": 1, "SCALES": 1}
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa4", "gqa8", "dense16", "int8", "gqa4_fp8"])
+def test_the_choices_compile_without_spills(name, tmp_path):
+    rows, options = CACHES.get(name) or {
+        "int8": (1, {"v_dtype": torch.int8}), "gqa4_fp8": (4, {"v_dtype": torch.float8_e4m3fn})
+    }[name]  # fmt: skip
+    config = cuda_decode.configure(shape(**options), rows, **CHOICES)
+    for kernel, registers, stack, shared in resources(cuda_decode.compile_kernels(config, "sm_90"), tmp_path):
+        print(f"{name} {kernel}: {registers} registers, {stack} bytes of stack, {shared} of shared memory")
+        assert int(shared) <= 48 * 1024 and int(stack) <= (64 if rows == 8 else 0)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["mha", "d256", "dense16", "fp32", "d512"])
+def test_append_compiles_without_spills(name, arch, tmp_path):
+    _, options = CACHES[name]
+    for coded in (False, True):
+        config = cuda_append.configure(shape(**options), coded=coded)
+        ((kernel, _, stack, shared),) = resources(
+            cuda_decode.compile_kernels(config, arch, cuda_append.SOURCE), tmp_path
+        )
+        assert kernel == "sfa_append" and int(stack) == 0 and int(shared) <= 48 * 1024
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
 @pytest.mark.parametrize("name", CACHES)
 def test_compiles_without_spills(name, arch, tmp_path):
     assert cuda_decode._cuda_core() is not None, "cuda-core is part of the test extra"
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     rows, options = CACHES[name]
-    file = tmp_path / "decode.cubin"
-    file.write_bytes(cuda_decode.compile_kernels(cuda_decode.configure(shape(**options), rows), arch))
-    usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    found = resources(cuda_decode.compile_kernels(cuda_decode.configure(shape(**options), rows), arch), tmp_path)
     assert {kernel for kernel, *_ in found} == {"sfa_decode", "sfa_combine"}
     for kernel, registers, stack, shared in found:
         print(f"{name} {arch} {kernel}: {registers} registers, {stack} bytes of stack, {shared} of shared memory")

@@ -31,6 +31,7 @@ from .checks import (
     is_int,
 )
 from .codes import SparseCode, autocast_dtype, topk_sparsify
+from .impl import cuda_append
 from .ops import index_dtype
 
 BLOCK = 128
@@ -49,6 +50,25 @@ class _Sequence:
     length: int = 0
     pages: array = field(default_factory=lambda: array("i"))
     sums: array = field(default_factory=lambda: array("i"))
+    # Reserved for the next tokens, the first to be taken last.
+    spare_pages: list[int] = field(default_factory=list)
+    spare_sums: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Live:
+    """Lengths and tables of reserved sequences on the device: int32 views of one tensor that stays where it is."""
+
+    ids: list[int]
+    whole: Tensor
+    lengths: Tensor  # (b,)
+    failed: Tensor  # (1,), not 0 after an append that did not fit
+    capacity: Tensor  # (b,), tokens that the pages hold
+    done: Tensor  # (b,), thread blocks of an append that have ended
+    pages: Tensor  # (b, .)
+    sums: Tensor  # (b, .)
+    pool_sums: Tensor  # where the sums are
+    captured: bool = False  # a graph may have advanced the lengths unseen
 
 
 @dataclass
@@ -65,6 +85,8 @@ class _Layer:
     sequences: dict[int, _Sequence] = field(default_factory=dict)
     version: int = 0  # counts the changes of sequences
     tables: tuple[Any, Any] = (None, None)  # what _tables returned, and for what
+    live: _Live | None = None
+    stale: list[_Live] = field(default_factory=list)  # tables that a captured graph may still read
 
 
 class SparseKVCache:
@@ -176,6 +198,139 @@ class SparseKVCache:
             f"device={self.device}, sequences={len(self._ids)})"
         )
 
+    # Steps in CUDA graphs
+
+    def reserve(self, n: int, *, seq_ids: Any = None) -> None:
+        """Take the pages of the next n tokens of sequences in all layers, and keep their tables on the device.
+
+        From then on an append to exactly these sequences, in this order, is one kernel on a GPU, that reads and
+        advances the lengths on the device. Such a step (`append`, `sfa_attention_with_kvcache` with k and v) can be
+        captured in a CUDA graph, which stores nothing, and then replayed while the sequences grow:
+
+            cache.reserve(1000, seq_ids=ids)
+            with torch.cuda.graph(graph):
+                out = sfa_attention_with_kvcache(q, cache, k=k, v=v, seq_ids=ids)
+            graph.replay()
+
+        After a capture, calls outside of a graph read the lengths back, which waits for the device. `truncate`,
+        `reorder` and an append outside of the graph may come between replays; after `fork` and `reorder`, and when the
+        reserved tokens are used up, call reserve again before the next replay. A reserve with other sequences or beyond
+        the largest n so far moves the tables: capture again. A replay that does not fit stores nothing, and the next
+        call outside of a graph raises. `free` ends the reservation of a sequence.
+
+        This path has not run on a GPU yet. Where the kernel is missing (CPU, float64), only the pages are taken.
+
+        Args:
+            n: tokens of each sequence from its present length on.
+            seq_ids: as in `append`.
+
+        Raises:
+            TypeError, ValueError: n or seq_ids is wrong, or there are too few free pages: nothing is taken.
+        """
+        if not is_int(n):
+            raise TypeError(f"n must be an int, got {n!r} of type {type(n).__name__}")
+        if n < 0:
+            raise ValueError(f"n must not be negative, got {n}")
+        ids = self._check_ids(seq_ids)
+        counts = [int(n)] * len(ids)
+        plans = [self._plan(pool, ids, counts, number) for number, pool in enumerate(self._layers)]
+        for pool, copied in zip(self._layers, plans):
+            self._extend(pool, [pool.sequences[i] for i in ids], counts, copied, spare=True)
+            pool.version += 1
+            if cuda_append.unsupported(self) is not None:
+                continue
+            cuda_append.load(cuda_append.configure(self, coded=False), self.device)  # compiled before any capture
+            if pool.live is not None and pool.live.ids != ids:
+                self._drop_live(pool)
+            if pool.live is None:
+                pool.live = self._new_live(pool, ids)
+        self._push()
+
+    def _new_live(self, pool: _Layer, ids: list[int]) -> _Live:
+        b, sequences = len(ids), [pool.sequences[i] for i in ids]
+        widths = [max((len(s) for s in tables), default=0) for tables in _reserved_tables(sequences)]
+        sizes = [b, 1, b, b, *(b * width for width in widths)]
+        with torch.inference_mode(False):
+            whole = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
+        lengths, failed, capacity, done, pages, sums = whole.split(sizes)
+        tables = pages.view(b, widths[0]), sums.view(b, widths[1])
+        return _Live(ids, whole, lengths, failed, capacity, done, *tables, pool_sums=pool.sums)
+
+    def _drop_live(self, pool: _Layer) -> None:
+        """End a reservation on the device; graphs that still replay it store nothing."""
+        if pool.live is not None and pool.live.captured:
+            pool.live.capacity.zero_()
+            pool.stale.append(pool.live)
+        pool.live = None
+
+    def _push(self) -> None:
+        """Bring the reserved tables on the device up to date."""
+        for pool in self._layers:
+            if (live := pool.live) is None:
+                continue
+            if any(i not in pool.sequences for i in live.ids) or live.pool_sums is not pool.sums:
+                self._drop_live(pool)
+                continue
+            sequences = [pool.sequences[i] for i in live.ids]
+            pages, sums = _reserved_tables(sequences)
+            widths = live.pages.shape[1], live.sums.shape[1]
+            if any(len(table) > width for tables, width in zip((pages, sums), widths) for table in tables):
+                self._drop_live(pool)
+                live = pool.live = self._new_live(pool, live.ids)
+            lengths = [s.length for s in sequences]
+            # Nothing can follow in a page that others share, before it is copied.
+            capacity = [
+                s.length if self._shares_last_page(pool, s) else len(table) * self.page_size
+                for s, table in zip(sequences, pages)
+            ]
+            rows = [*lengths, 0, *capacity, *([0] * len(lengths))]
+            for tables, width in ((pages, live.pages.shape[1]), (sums, live.sums.shape[1])):
+                for table in tables:
+                    rows += [*table, *([0] * (width - len(table)))]
+            host = torch.tensor(rows, dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda")
+            live.whole.copy_(host, non_blocking=True)
+
+    def _shares_last_page(self, pool: _Layer, sequence: _Sequence) -> bool:
+        return sequence.length % self.page_size != 0 and pool.refs[sequence.pages[-1]] > 1
+
+    def _catch_up(self) -> None:
+        """Read the lengths back that replayed graphs may have advanced; raises if one of them ran out of pages."""
+        lives = [
+            (number, pool, live)
+            for number, pool in enumerate(self._layers)
+            for live in (*pool.stale, pool.live)
+            if live is not None and live.captured
+        ]
+        if not lives or _capturing(self.device):
+            return
+        sizes = [len(live.ids) + 1 for *_, live in lives]
+        rows = torch.cat([live.whole[:size] for (*_, live), size in zip(lives, sizes)]).cpu().split(sizes)
+        failed = []
+        for (number, pool, live), row in zip(lives, rows):
+            *lengths, full = row.tolist()
+            if live is pool.live:
+                for seq_id, length in zip(live.ids, lengths):
+                    self._grow(pool, pool.sequences[seq_id], length)
+            if full:
+                failed.append(number)
+                live.failed.zero_()
+        if failed:
+            raise ValueError(
+                f"a replayed append in layer {failed[0]} did not fit into the reserved pages and stored nothing; "
+                "call reserve, and capture again if the graph is older than a reserve that moved the tables"
+            )
+
+    def _grow(self, pool: _Layer, sequence: _Sequence, length: int) -> None:
+        """Take the tokens over that a graph has stored in reserved pages."""
+        if length == sequence.length:
+            return
+        while len(sequence.pages) * self.page_size < length:
+            sequence.pages.append(sequence.spare_pages.pop())
+        while len(sequence.sums) * BLOCK < length:
+            sequence.sums.append(sequence.spare_sums.pop())
+        sequence.length = length
+        pool.version += 1
+
     # Sequences
 
     def alloc(self, n: int) -> Tensor:
@@ -203,6 +358,7 @@ class SparseKVCache:
         new_id = self._new_id()
         for layer in self._layers:
             _copy_sequences(layer, {new_id: source})
+        self._push()
         return new_id
 
     def reorder(self, seq_ids: Any) -> None:
@@ -216,6 +372,7 @@ class SparseKVCache:
         moved = {target: source for target, source in zip(self._ids, sources) if target != source}
         for layer in self._layers:
             _copy_sequences(layer, moved)
+        self._push()
 
     def free(self, seq_ids: Any) -> None:
         """End sequences and give back the pages that no other sequence shares."""
@@ -223,14 +380,16 @@ class SparseKVCache:
             del self._ids[seq_id]
             for layer in self._layers:
                 sequence = layer.sequences.pop(seq_id)
-                _release_pages(layer, sequence.pages)
-                layer.free_sums.extend(sequence.sums)
+                _release_pages(layer, [*sequence.pages, *sequence.spare_pages])
+                layer.free_sums.extend([*sequence.sums, *sequence.spare_sums])
                 layer.version += 1
+        self._push()
 
     def seq_lengths(self, seq_ids: Any = None, *, layer: int = 0) -> Tensor:
         """Stored tokens of each sequence in a layer, int64 (n,) on the CPU."""
+        ids = self._check_ids(seq_ids)
         sequences = self._layers[self._check_layer(layer)].sequences
-        return torch.tensor([sequences[i].length for i in self._check_ids(seq_ids)], **_HOST)
+        return torch.tensor([sequences[i].length for i in ids], **_HOST)
 
     def truncate(self, seq_ids: Any, lengths: Any) -> None:
         """Keep the first lengths[i] tokens of seq_ids[i] in all layers.
@@ -250,6 +409,7 @@ class SparseKVCache:
         for layer in self._layers:
             for seq_id, length in zip(ids, new):
                 self._cut(layer, layer.sequences[seq_id], length)
+        self._push()
 
     def _cut(self, layer: _Layer, sequence: _Sequence, length: int) -> None:
         if length == sequence.length:
@@ -290,11 +450,18 @@ class SparseKVCache:
         counts = [n] * len(ids) if lengths is None else _check_ints(lengths, "lengths", len(ids))
         if any(count > n for count in counts):
             raise ValueError(f"lengths must be in [0, {n}], the tokens a row holds, got {counts}")
+        live = pool.live if pool.live is not None and pool.live.ids == ids else None
+        if _capturing(self.device):
+            self._capture(live, rows, v, layer, lengths)
+            return
         copied = self._plan(pool, ids, counts, layer)
         if not any(counts):
             return
 
         sequences = [pool.sequences[i] for i in ids]
+        if live is not None:
+            self._append_live(live, rows, v, layer, sequences, counts, copied)
+            return
         count, start = torch.tensor(counts, **_HOST), torch.tensor([s.length for s in sequences], **_HOST)
         row = torch.repeat_interleave(torch.arange(len(ids), **_HOST), count)
         offset = torch.arange(row.shape[0], **_HOST) - (count.cumsum(0) - count)[row]
@@ -322,6 +489,37 @@ class SparseKVCache:
         for sequence, added in zip(sequences, counts):
             sequence.length += added
         pool.version += 1
+        self._push()
+
+    def _append_live(
+        self, live: _Live, k: Tensor | SparseCode, v: Tensor, layer: int, sequences: list[_Sequence],
+        counts: list[int], copied: list[_Sequence],
+    ) -> None:  # fmt: skip
+        """Append to reserved sequences: in one kernel, which advances the lengths on the device."""
+        pool = self._layers[layer]
+        before = [_held(s) for s in sequences]
+        self._extend(pool, sequences, counts, copied, zero=False)
+        if pool.live is None:  # its sums have moved
+            pool.live = self._new_live(pool, live.ids)
+        if copied or pool.live is not live or before != [_held(s) for s in sequences]:
+            self._push()
+        some = None
+        if any(count < v.shape[1] for count in counts):
+            some = torch.tensor(counts, dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda")
+            some = some.to(self.device, non_blocking=True)
+        cuda_append.append(self, layer, k, v, pool.live, some)
+        for sequence, added in zip(sequences, counts):
+            sequence.length += added
+        pool.version += 1
+
+    def _capture(self, live: _Live | None, k: Tensor | SparseCode, v: Tensor, layer: int, lengths: Any) -> None:
+        """Record an append in a CUDA graph: nothing is stored, and the host's lengths stay."""
+        if live is None:
+            raise ValueError("seq_ids must be the sequences of the last reserve() for an append in a CUDA graph")
+        if lengths is not None:
+            raise ValueError("lengths must be None for an append in a CUDA graph, where every replay appends all of k")
+        live.captured = True
+        cuda_append.append(self, layer, k, v, live, None)
 
     def _stored(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """v (..., dv) as it is kept: bytes and a scale a row for 8 bits, else v_dtype and an empty scale."""
@@ -371,7 +569,8 @@ class SparseKVCache:
         needed = 0
         for seq_id, count in zip(ids, counts):
             sequence = pool.sequences[seq_id]
-            needed += _ceil(sequence.length + count, self.page_size) - len(sequence.pages)
+            have = len(sequence.pages) + len(sequence.spare_pages)
+            needed += max(0, _ceil(sequence.length + count, self.page_size) - have)
             if count and sequence.length % self.page_size:
                 page = sequence.pages[-1]
                 # The last of its owners to leave finds the page its own.
@@ -386,10 +585,19 @@ class SparseKVCache:
             )
         return copied
 
-    def _extend(self, pool: _Layer, sequences: list[_Sequence], counts: list[int], copied: list[_Sequence]) -> None:
-        """Give the sequences own last pages where they will write, and the pages and zeroed sums they lack."""
+    def _extend(
+        self, pool: _Layer, sequences: list[_Sequence], counts: list[int], copied: list[_Sequence], *,
+        spare: bool = False, zero: bool = True,
+    ) -> None:  # fmt: skip
+        """Give the sequences own last pages where they will write, and the pages and zeroed sums they lack.
+
+        spare: the pages and sums are only set aside.
+        """
         blocks = [_ceil(s.length + count, BLOCK) for s, count in zip(sequences, counts)]
-        _grow_sums(pool, sum(block - len(s.sums) for s, block in zip(sequences, blocks)))
+        lacking = sum(max(0, block - len(s.sums) - len(s.spare_sums)) for s, block in zip(sequences, blocks))
+        if lacking > len(pool.free_sums):
+            self._drop_live(pool)  # the sums move
+        _grow_sums(pool, lacking)
         source = [s.pages[-1] for s in copied]
         for sequence in copied:
             pool.refs[sequence.pages[-1]] -= 1
@@ -402,12 +610,19 @@ class SparseKVCache:
                 tensor[target_index] = tensor[source_index]
         fresh: list[int] = []
         for sequence, count, block in zip(sequences, counts, blocks):
-            while len(sequence.pages) * self.page_size < sequence.length + count:
-                sequence.pages.append(_take_page(pool))
-            while len(sequence.sums) < block:
-                fresh.append(pool.free_sums.pop())
+            pages, sums = _ceil(sequence.length + count, self.page_size), block
+            if spare:
+                while len(sequence.pages) + len(sequence.spare_pages) < pages:
+                    sequence.spare_pages.insert(0, _take_page(pool))
+                while len(sequence.sums) + len(sequence.spare_sums) < sums:
+                    sequence.spare_sums.insert(0, pool.free_sums.pop())
+                continue
+            while len(sequence.pages) < pages:
+                sequence.pages.append(sequence.spare_pages.pop() if sequence.spare_pages else _take_page(pool))
+            while len(sequence.sums) < sums:
+                fresh.append(sequence.spare_sums.pop() if sequence.spare_sums else pool.free_sums.pop())
                 sequence.sums.append(fresh[-1])
-        if fresh:
+        if fresh and zero:
             pool.sums[_index(fresh, self.device)] = 0
 
     def gather(self, layer: int, seq_id: int) -> tuple[SparseCode, Tensor]:
@@ -430,7 +645,7 @@ class SparseKVCache:
         return pool.sums[_index(pool.sequences[seq_id].sums, self.device)]
 
     def used_pages(self, layer: int = 0) -> int:
-        """Pages of a layer that hold tokens; a page that sequences share counts once."""
+        """Pages of a layer that hold tokens or are reserved; a page that sequences share counts once."""
         return self.num_pages - len(self._layers[self._check_layer(layer)].free_pages)
 
     def _rows(self, pool: Tensor, sequence: _Sequence, start: int, stop: int) -> Tensor:
@@ -441,8 +656,13 @@ class SparseKVCache:
         return rows[:, start - first * self.page_size : stop - first * self.page_size]
 
     def _tables(self, layer: int, ids: list[int]) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Lengths (b,), pages (b, .) and sum blocks (b, .) of sequences, int32 on the device; the longest length."""
+        """Lengths (b,), pages (b, .) and sum blocks (b, .) of sequences, int32 on the device; the longest length.
+
+        Of reserved sequences the length that the pages hold.
+        """
         pool = self._layers[layer]
+        if (live := pool.live) is not None and live.ids == ids:
+            return live.lengths, live.pages, live.sums, live.pages.shape[1] * self.page_size
         key = (pool.version, tuple(ids))
         if pool.tables[0] != key:
             sequences = [pool.sequences[i] for i in ids]
@@ -487,6 +707,7 @@ class SparseKVCache:
 
     @property
     def dense_nbytes(self) -> int:
+        self._catch_up()
         tokens = sum(s.length for pool in self._layers for s in pool.sequences.values())
         return tokens * self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.dtype.itemsize
 
@@ -507,6 +728,7 @@ class SparseKVCache:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the stored sequences as tensors, lists, ints and strings: used pages only, sharing kept."""
+        self._catch_up()
         layers = []
         for pool in self._layers:
             sequences = [pool.sequences[i] for i in self._ids]
@@ -562,6 +784,7 @@ class SparseKVCache:
             pool.free_pages = list(range(self.num_pages - 1, len(refs) - 1, -1))
             pool.sequences = sequences
             pool.version += 1
+            self._drop_live(pool)
         self._ids = dict.fromkeys(ids)
         self._next_id = int(sd["next_id"])
 
@@ -611,6 +834,7 @@ class SparseKVCache:
         return int(layer)
 
     def _check_ids(self, seq_ids: Any, name: str = "seq_ids", *, repeats: bool = False) -> list[int]:
+        self._catch_up()
         if seq_ids is None:
             return list(self._ids)
         ids = _check_ints(seq_ids, name, allow_negative=True)
@@ -726,7 +950,8 @@ def _copy_sequences(layer: _Layer, moved: dict[int, int]) -> None:
     for target, (length, pages, n_blocks) in zip(moved, copies):
         own = array("i", (layer.free_sums.pop() for _ in range(n_blocks)))
         taken.extend(own)
-        layer.sequences[target] = _Sequence(length, pages, own)
+        old = layer.sequences[target]
+        layer.sequences[target] = _Sequence(length, pages, own, old.spare_pages, old.spare_sums)
     layer.version += 1
     layer.sums[_index(taken, device)] = sums
 
@@ -748,6 +973,21 @@ def _take_page(layer: _Layer) -> int:
     page = layer.free_pages.pop()
     layer.refs[page] = 1
     return page
+
+
+def _reserved_tables(sequences: list[_Sequence]) -> tuple[list[list[int]], list[list[int]]]:
+    """Pages and sum blocks of sequences, the reserved ones included."""
+    pages = [[*s.pages, *reversed(s.spare_pages)] for s in sequences]
+    return pages, [[*s.sums, *reversed(s.spare_sums)] for s in sequences]
+
+
+def _held(sequence: _Sequence) -> int:
+    """Pages and sum blocks of a sequence, the reserved ones included."""
+    return sum(map(len, (sequence.pages, sequence.spare_pages, sequence.sums, sequence.spare_sums)))
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _tables_of(sequences: list[_Sequence]) -> tuple[list[array], list[array]]:

@@ -77,8 +77,9 @@ CASES = {
 QUICK = ("mha_128", "mha_128_int8", "mha_256", "gqa_4", "gqa_4_16k")
 
 
-def fill(case: Case) -> SparseKVCache:
-    pages = sum(-(-n // case.page_size) for n in case.lengths)
+def fill(case: Case, spare: int = 0) -> SparseKVCache:
+    """A cache of the case's lengths, with room for `spare` pages more."""
+    pages = sum(-(-n // case.page_size) for n in case.lengths) + spare
     cache = SparseKVCache(
         num_kv_heads=case.hkv, head_dim=case.d, topk=case.topk, dense_dims=case.dense_dims,
         max_tokens=pages * case.page_size, page_size=case.page_size, dtype=BF16, v_dtype=case.v_dtype, device="cuda",
@@ -253,32 +254,61 @@ class Report:
         self.limit(case, "limit_dense_fp8", nbytes // 2)
         return best
 
+    def append(self, v_dtype: torch.dtype = BF16) -> None:
+        """One token of 64 sequences, 32 heads: a replay that advances the lengths on the device."""
+        case = Case("append_1", lengths=(1000,) * 64, page_size=128, v_dtype=v_dtype)
+        cache = fill(case, spare=256)
+        cache.reserve(2 * self.repeats + 60)
+        k, v = (torch.randn(64, 1, case.hkv, case.d, device="cuda", dtype=BF16) for _ in range(2))
+        cache.append(k, v)
+        want = topk_sparsify(k[5, 0], case.topk)
+        code, stored = cache.gather(0, 5)
+        off = v_dtype == BF16 and not torch.equal(stored[-1], v[5, 0])
+        if off or not torch.equal(code.indices[-1], want.indices) or not torch.equal(code.values[-1], want.values):
+            raise UsageError("wrong result: the append kernel stores something else than topk_sparsify")
+        times = time_ms(graphed(lambda: cache.append(k, v)), repeats=self.repeats)
+        code_bytes = cache.width * 3 + case.d * v_dtype.itemsize
+        nbytes = 64 * case.hkv * (2 * case.d * 2 + code_bytes + 8 * case.d)
+        more = {"bench": "append", "topk": case.topk, "v_dtype": str(v_dtype).removeprefix("torch.")}
+        self.row(case, "cuda", times, nbytes, **more)
+
     def sweep(self, case: Case) -> None:
-        """The kernel alone, without top-k of q, over its settings."""
+        """The step over the kernel's settings; `raw`: the kernel ranks the features of q itself."""
         cache = fill(case)
         q = torch.randn(len(case.lengths), case.sq, case.hq, case.d, device="cuda", dtype=BF16)
-        code = topk_sparsify(q, case.topk)
         base = cuda_decode.configure(cache, case.sq * case.hq // case.hkv)
-        settings: list[dict[str, int]] = [{}]
-        settings += [{"max_splits": n} for n in (32, 64, 256)]
-        settings += [{"UNROLL": 4}, {"UNROLL": 6}, {"UNROLL": 10}, {"CTAS": base.CTAS - 1}, {"CTAS": base.CTAS + 1}]
-        settings += [{"AHEAD": 0}, {"STAGED": 0, "UNROLL": 6, "CTAS": 5 if base.ROWS == 1 else 3}]
-        settings += [{"WARPS": 2, "CTAS": 2 * base.CTAS}, {"WARPS": 8, "CTAS": base.CTAS // 2, "UNROLL": 4}]
-        if base.ROWS == 1:
-            settings += [{"STAGED": 0, "AHEAD": 0, "UNROLL": 6, "REP": 32}, {"REP": 1}, {"REP": 16, "UNROLL": 6}]
+        # Not run before; one after the other, then on tensor cores.
+        new: dict[str, int] = {"EVEN": 1, "EARLY": 1, "SCALES": 1, "raw": 1}
+        mma = {**new, "MMA": 1}
+        settings: list[dict[str, int]] = [{}, {"EARLY": 1}, {"raw": 1}, {"EVEN": 1}, {"SCALES": 1}, new]
+        settings += [{**new, "CTAS": base.CTAS - 1}, {**new, "UNROLL": 6}, {**new, "WARPS": 2, "CTAS": 2 * base.CTAS}]
+        settings += [mma, {**mma, "CTAS": 5}, {**mma, "CTAS": 3}, {**mma, "WARPS": 2, "CTAS": 8}]
+        settings += [{**mma, "WARPS": 2, "CTAS": 7, "UNROLL": 8}, {**mma, "max_splits": 32}, {**mma, "max_splits": 128}]
+        if max(case.lengths) <= 16384:
+            settings += [{**new, "span": 2, "WARPS": 2}, {**mma, "span": 2, "WARPS": 2, "CTAS": 8}, {**mma, "span": 8}]
+        wanted = None
         for setting in settings:
-            options: dict[str, Any] = {"stats": False, **setting}
+            options: dict[str, Any] = {key: value for key, value in setting.items() if key != "raw"}
+            raw = setting.get("raw", 0)
 
-            def call(options: dict[str, Any] = options) -> Any:
-                return cuda_decode.attend(code, cache, 0, list(cache._ids), (-1, 0), case.d**-0.5, False, **options)
+            def call(options: dict[str, Any] = options, raw: int = raw) -> Any:
+                x = q if raw else topk_sparsify(q, case.topk, dense_dims=cache.dense_dims)
+                topk = case.topk if raw else None
+                window, scale = (-1, 0), case.d**-0.5
+                return cuda_decode.attend(
+                    x, cache, 0, list(cache._ids), window, scale, False, False, topk=topk, **options
+                )
 
             try:
+                out = call()[0].float()
+                wanted = out if wanted is None else wanted
+                off = float((out - wanted).abs().max() / wanted.abs().max())
                 times = time_ms(graphed(call), repeats=self.repeats)
             except Exception as error:
                 torch.cuda.synchronize()
                 print(f"{case.name} {setting}: {str(error).splitlines()[0][:90]}", flush=True)
                 continue
-            print(f"{case.name:12} sweep {setting!s:36} {times['ms_median']:.4f} ms", flush=True)
+            print(f"{case.name:13} {setting!s:90} {times['ms_median']:.4f} ms, off by {off:.1e}", flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -306,8 +336,10 @@ def run(args: argparse.Namespace) -> int:
                 failed += 1
                 traceback.print_exc()
             torch.cuda.empty_cache()
+            report.append()
+            report.append(torch.int8)
         if args.sweep:
-            for name in ("mha_128", "gqa_4"):
+            for name in args.cases or (*QUICK, "gqa_4_int8", "mha_128_dense16_int8"):
                 report.sweep(CASES[name])
                 torch.cuda.empty_cache()
     plot(speeds, args.out / "decode.png")
