@@ -26,7 +26,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/flash-sfa demo $(ARGS)
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import lzma
 import os
 import queue
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from flash_sfa import sfa_attention, topk_sparsify
+from flash_sfa.integrations.settings import layer_setting
 from flash_sfa.train import models
 from flash_sfa.train.attention import keep_topk, key_bytes, quantize_keys, topk_mask
 from flash_sfa.train.flops import flops_per_token
@@ -209,9 +211,19 @@ def test_recipes_in_the_repository_load() -> None:
         load_recipe(file)
     for file in ROOT.glob("recipes/**/queue.yaml"):
         for entry in yaml.safe_load(file.read_text()):
-            sets = [f"{key}={json.dumps(value)}" for key, value in entry.get("set", {}).items()]
+            values = {**({"train.start": "model"} if "start" in entry else {}), **entry.get("set", {})}
+            sets = [f"{key}={json.dumps(value)}" for key, value in values.items()]
             recipe = load_recipe(file.parent / entry["recipe"], sets)
             models.make_config(recipe, 50257)
+
+
+@pytest.mark.parametrize("topk", [(4, 4), (None, 4)])
+def test_what_a_checkpoint_says_is_what_it_was_trained_with(data_root: Path, topk: tuple[int | None, int]) -> None:
+    tree = tiny(data_root, model={"layers": 2}, attention={"topk_q": topk[0], "topk_k": topk[1]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = models.build_model(build_recipe(tree), 100).config
+    assert [layer_setting(config, i) for i in range(2)] == [(topk, config.sfa["dense_dims"])] * 2
 
 
 def test_recipe_base_and_overrides(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.settings import stored_topk
 from . import attention
 from .attention import LayerAttention
 from .recipe import IDEAS, Recipe
@@ -112,12 +113,12 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
     attention.register()
     config = make_config(recipe, vocab_size)
     at = recipe.attention
-    if at.kind == "sfa":
-        layers = [i for i, _ in enumerate(range(recipe.model.layers)) if _chosen(config, i)]
-        config.sfa = {"topk": [at.topk_q, at.topk_k], "dense_dims": at.dense_dims, "layers": layers}
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
     if model.config._attn_implementation != attention.NAME:
         raise NotImplementedError(f"{type(model).__name__} does not take a registered attention function")
+    if at.kind == "sfa":
+        layers = [i for i in range(recipe.model.layers) if _chosen(config, i)]
+        model.config.sfa = {"topk": stored_topk((at.topk_q, at.topk_k)), "dense_dims": at.dense_dims, "layers": layers}
     for module in attention_modules(model):
         chosen = _chosen(config, module.layer_idx)
         module.sfa_train = (
