@@ -1,4 +1,4 @@
-"""Fill the measured tables of docs/kernels.md and docs/decode.md from the rows in benchmarks/results.
+"""Fill the measured tables of docs/kernels.md, docs/decode.md and docs/cpu.md from the rows in benchmarks/results.
 
 python benchmarks/kernel_tables.py
 """
@@ -65,11 +65,34 @@ def decode() -> str:
     return "\n".join([*out, "", source(rows, "decode_h200.jsonl")])
 
 
+def cpu() -> str:
+    """ms of decode steps and prefill on a CPU beside PyTorch's attention."""
+    rows = load("cpu.jsonl")
+    out = [
+        "| case | overlap | dense SDPA, ms | mask + SDPA, ms | cpu, ms (20 to 80%) | against dense | against mask |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        dense, mask, ours = (
+            next(row for row in rows if (row["case"], row["impl"]) == (case, impl))
+            for impl in ("dense_sdpa", "mask_sdpa", "cpu")
+        )
+        took = ours["ms_median"]
+        out.append(
+            f"| {case} | {ours['overlap']:.2f} | {dense['ms_median']:.2f} | {mask['ms_median']:.2f} | {took:.2f} "
+            f"({ours['ms_p20']:.2f} to {ours['ms_p80']:.2f}) | {dense['ms_median'] / took:.2f}x | "
+            f"{mask['ms_median'] / took:.2f}x |"
+        )
+    load_average = f"load average up to {max(row['load'] for row in rows):.1f}"
+    return "\n".join([*out, "", f"{source(rows, 'cpu.jsonl')} numba {rows[0]['numba']}, {load_average}."])
+
+
 def main() -> None:
     tables = (
         ("kernels.md", "attention", attention()),
         ("kernels.md", "attention_dense_q", attention("attention_dense_q_h200.jsonl")),
         ("decode.md", "decode", decode()),
+        ("cpu.md", "cpu", cpu()),
     )
     for page, name, table in tables:
         path = ROOT / "docs" / page

@@ -74,7 +74,7 @@ BAD_OPTIONS: dict[str, BadCall] = {
     "impl triton": ({"impl": "triton"}, NotImplementedError, ("triton",)),
     "impl cuda": ({"impl": "cuda"}, NotImplementedError, ("cuda",)),
     "impl intersect": ({"impl": "intersect"}, NotImplementedError, ("intersect",)),
-    "impl cpu": ({"impl": "cpu"}, NotImplementedError, ("cpu", "kvcache")),
+    "cpu dropout": ({"impl": "cpu", "dropout_p": 0.5}, NotImplementedError, ("cpu", "dropout_p", "0.5")),
     "sdpa drop": ({"impl": "sdpa", "nonoverlap": "drop"}, NotImplementedError, ("sdpa", "nonoverlap", "drop")),
     "sdpa dropout": ({"impl": "sdpa", "dropout_p": 0.5}, NotImplementedError, ("sdpa", "dropout_p", "0.5")),
     "dropout 1": ({"dropout_p": 1.0}, ValueError, ("dropout_p", "[0, 1)", "1.0")),

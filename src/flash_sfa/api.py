@@ -30,15 +30,13 @@ from .checks import (
     is_int,
 )
 from .codes import SparseCode, autocast_dtype, topk_sparsify
-from .impl import reference
+from .impl import cpu_numba, intersect, reference
 from .impl import sdpa as sdpa_impl
 
 logger = logging.getLogger("flash_sfa")
 
 _NOT_BUILT = {
     "cuda": "no CUDA attention kernel is built yet",
-    "intersect": "the paper's posting-list kernel is not built yet",
-    "cpu": "it exists only for sfa_attention_with_kvcache",
 }
 
 
@@ -147,7 +145,8 @@ def sfa_attention(
         score_dtype: None only; no implementation computes scores in a narrower type yet.
         return_lse: also return the log-sum-exp.
         impl: "auto", "reference", "sdpa" (PyTorch's fused kernels; cuDNN on CUDA) or "triton" (CUDA; masks only as key
-            padding, (b, 1, 1, sk)). "cuda" and "intersect" are not built yet.
+            padding, (b, 1, 1, sk)), or "intersect" (the paper's posting lists; CUDA, forward only, two sparse sides).
+            "cpu" (posting lists on the CPU, with numba; forward only, two sparse sides, no mask). "cuda" is not built.
 
     Returns:
         out (b, sq, hq, dv) in the dtype of v; with return_lse also lse (b, hq, sq), natural log, fp32
@@ -174,7 +173,11 @@ def sfa_attention(
         q, k, v, topk, dense_dims, causal, softmax_scale, window_size, nonoverlap, dropout_p, deterministic,
         tolerance, score_dtype, return_lse, impl, attn_mask,
     )  # fmt: skip
-    if call.impl != "reference":
+    if call.impl == "intersect":
+        out, lse = _intersect(q, k, v, call)
+    elif call.impl == "cpu":
+        out, lse = _cpu(q, k, v, call)
+    elif call.impl != "reference":
         out, lse = _fused(q, k, v, call, attn_mask=attn_mask)
     else:
         q, k, v = _sparsify(q, k, v, call)
@@ -270,7 +273,9 @@ def sfa_attention_varlen(
     _check_max_seqlen(max_seqlen_k, "max_seqlen_k", cu_seqlens_k)
     q, k = (x.map(_add_batch) if isinstance(x, SparseCode) else x[None] for x in (q, k))
     v = v[None]
-    if call.impl != "reference":
+    if call.impl == "cpu":
+        out, lse = _cpu(q, k, v, call, (cu_seqlens_q, cu_seqlens_k))
+    elif call.impl != "reference":
         longest = max_seqlen_q, max_seqlen_k
         out, lse = _fused(q, k, v, call, cu_seqlens=(cu_seqlens_q, cu_seqlens_k), max_seqlens=longest)
     else:
@@ -304,7 +309,7 @@ def select_impl(
     Takes the arguments of `sfa_attention` and raises what it raises.
 
     Returns:
-        {"forward": name, "backward": name, "reason": one sentence}.
+        {"forward": name, "backward": name, or "none" where there is no backward, "reason": one sentence}.
 
     Example:
         >>> import torch
@@ -320,6 +325,8 @@ def select_impl(
         tolerance, score_dtype, return_lse, impl, attn_mask,
     )  # fmt: skip
     backward = "triton" if call.impl == "sdpa" and v.is_cuda and call.return_lse else call.impl
+    if backward in ("intersect", "cpu"):
+        backward = "none"
     return {"forward": call.impl, "backward": backward, "reason": call.reason}
 
 
@@ -438,6 +445,11 @@ def _choose(
         ),
         "triton": _triton_problem(call, v, attn_mask),
     }
+    on_cpu = call.impl == "auto" and v.device.type == "cpu" and not torch.compiler.is_compiling()
+    if call.impl == "cpu" or on_cpu:
+        problems["cpu"] = _cpu_problem(call, v, attn_mask)
+    if call.impl == "intersect":
+        problems["intersect"] = _intersect_problem(call, q, k, v, attn_mask)
     if call.impl != "auto":
         problem = problems[call.impl]
         if problem is not None:
@@ -445,7 +457,9 @@ def _choose(
         return call
     alone = attn_mask is None and v.dim() == 4
     cudnn = alone and sdpa_impl.cudnn_takes(q, k, v, call.dtype, call.window, call.softmax_scale)
-    if problems["sdpa"] is None and (v.device.type == "cpu" or cudnn):
+    if on_cpu and problems["cpu"] is None and _cpu_is_faster(call, q, k, v):
+        impl, reason = "cpu", "posting lists, measured faster than dense attention on a CPU for this shape"
+    elif problems["sdpa"] is None and (v.device.type == "cpu" or cudnn):
         kernels = "cuDNN" if cudnn else "PyTorch's fused attention"
         impl, reason = "sdpa", f"codes expanded into {kernels}, the fastest here for this call"
     elif problems["triton"] is None:
@@ -475,6 +489,40 @@ def _triton_problem(call: _Call, v: Tensor, attn_mask: Tensor | None) -> str | N
     return None
 
 
+def _cpu_problem(call: _Call, v: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why impl="cpu" cannot do the call, or None."""
+    sides = call.q_side, call.k_side
+    return cpu_numba.unsupported(
+        v.device, call.dtype, sparse=not any(side.is_dense for side in sides),
+        dense_dims=any(side.dense_dims for side in sides), masked=attn_mask is not None, dropout_p=call.dropout_p,
+    )  # fmt: skip
+
+
+def _cpu_is_faster(call: _Call, q: Tensor | SparseCode, k: Tensor | SparseCode, v: Tensor) -> bool:
+    topk_q, topk_k = (
+        x.topk if isinstance(x, SparseCode) else side.topk or 0 for x, side in ((q, call.q_side), (k, call.k_side))
+    )
+    return not _needs_grad(q, k, v) and cpu_numba.is_faster(call.dtype, call.dim, topk_q, topk_k, k.shape[-3])
+
+
+def _needs_grad(*inputs: Tensor | SparseCode) -> bool:
+    parts = [(x.values, x.dense) if isinstance(x, SparseCode) else (x,) for x in inputs]
+    return torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in part)
+
+
+def _intersect_problem(
+    call: _Call, q: Tensor | SparseCode, k: Tensor | SparseCode, v: Tensor, attn_mask: Tensor | None
+) -> str | None:
+    """Why impl="intersect" cannot do the call, or None."""
+    sides = (q, call.q_side), (k, call.k_side)
+    topk = [x.topk if isinstance(x, SparseCode) else side.topk for x, side in sides]
+    dense_dims = any(side.dense_dims for _, side in sides)
+    return intersect.unsupported(
+        v.device, call.dtype, call.dim, v.shape[-1], (topk[0], topk[1]), dense_dims=dense_dims,
+        masked=attn_mask is not None, packed=v.dim() == 3, dropout_p=call.dropout_p,
+    )  # fmt: skip
+
+
 @functools.cache
 def _log_choice(impl: str, reason: str, device: str) -> None:
     logger.info("impl='auto' uses %s on %s: %s", impl, device, reason)
@@ -500,6 +548,30 @@ def _reference(
         visible = visible & (kept_q @ kept_k.transpose(-1, -2) > 0)
     rows_q, rows_k = (x.to_dense() if isinstance(x, SparseCode) else x for x in (q, k))
     return reference.attention(rows_q, rows_k, v, visible, call.softmax_scale, call.dropout_p)
+
+
+def _intersect(q: Tensor | SparseCode, k: Tensor | SparseCode, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    q, k, v = _sparsify(q, k, v, call)
+    if isinstance(q, Tensor) or isinstance(k, Tensor):
+        raise NotImplementedError("impl='intersect': every feature must be sparse: no dense side, no dense_dims")
+    sides = q.values, q.indices, k.values, k.indices
+    out, lse = intersect.attention(*sides, v, call.dim, *call.window, call.softmax_scale, call.can_drop)
+    return out, lse
+
+
+def _cpu(
+    q: Tensor | SparseCode, k: Tensor | SparseCode, v: Tensor, call: _Call,
+    cu_seqlens: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sides = (q, call.q_side.topk), (k, call.k_side.topk)
+    if not _needs_grad(q, k, v):
+        q, k = (cpu_numba.sparsify(x.to(call.dtype), w) if isinstance(x, Tensor) and w else x for x, w in sides)
+    q, k, v = _sparsify(q, k, v, call)
+    if isinstance(q, Tensor) or isinstance(k, Tensor):
+        raise NotImplementedError("impl='cpu': every feature must be sparse: no dense side, no dense_dims")
+    codes = q.values, q.indices, k.values, k.indices
+    out, lse = cpu_numba.attention(*codes, v, *cu_seqlens, call.dim, *call.window, call.softmax_scale, call.can_drop)
+    return out, lse
 
 
 def _fused(

@@ -21,7 +21,7 @@ from .checks import (
     check_window,
 )
 from .codes import SparseCode, autocast_dtype, topk_sparsify
-from .impl import cpu, cuda_decode, reference
+from .impl import cpu, cpu_numba, cuda_decode, reference
 from .impl import sdpa as sdpa_impl
 
 _SHORT = 16
@@ -73,7 +73,8 @@ def sfa_attention_with_kvcache(
         tolerance: misplaced weight allowed, in [0, 1). "reference" and "sdpa" are exact for any.
         return_lse, return_stats: also return lse, and a dict of statistics.
         impl: "auto" (for at most 16 queries "cpu" on the CPU and "cuda" on a GPU where it can, else "sdpa" or
-            "reference"), "cpu" (reads only the V rows it needs; any device), "cuda" (the same in a kernel; exact
+            "reference"), "cpu" (reads only the V rows it needs; any device; with numba, compiled, for an
+            exact call on the CPU without gradient), "cuda" (the same in a kernel; exact
             for any tolerance; no gradient), "reference" or "sdpa" (gather the cache, then `sfa_attention`).
 
     Returns:
@@ -122,7 +123,9 @@ def sfa_attention_with_kvcache(
     grad = torch.is_grad_enabled() and _anchor(q).requires_grad
     impl = _choose(impl, cache, q.shape[1], can_drop, grad)
 
-    if isinstance(q, Tensor) and topk_q is not None:
+    if isinstance(q, Tensor) and topk_q is not None and impl == "cpu" and not grad and cpu_numba.takes_cache(cache):
+        q = cpu_numba.sparsify(q.to(cache.dtype), topk_q)
+    elif isinstance(q, Tensor) and topk_q is not None:
         q = topk_sparsify(q, topk_q, dense_dims=cache.dense_dims)
     q = q.to(cache.dtype)
     if k is not None and v is not None:
@@ -207,6 +210,9 @@ def _cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     members = None
     if isinstance(q, SparseCode):
+        grad = torch.is_grad_enabled() and q.values.requires_grad
+        if tolerance == 0.0 and not grad and cpu_numba.takes_cache(cache):
+            return cpu_numba.attend(q, cache, layer, ids, window, scale, drop)
         if not cache.dense_dims:
             members = reference.members(q.indices, q.dim, q.dense_dims)
         q = q.to_dense()

@@ -56,11 +56,21 @@ def _implementations(torch: Any, errors: dict[str, str | None], has_cuda: bool) 
     return {
         "reference": "available",
         "sdpa": "available",
-        "cpu": "available for sfa_attention_with_kvcache",
+        "cpu": _cpu(),
         "triton": triton,
         "cuda": _cuda(),
-        "intersect": "not available: not built yet",
+        "intersect": _cuda().replace("sfa_attention_with_kvcache", "sfa_attention, forward only"),
     }
+
+
+def _cpu() -> str:
+    """State of the CPU kernels; decoding falls back on plain PyTorch inside impl="cpu"."""
+    from .impl import cpu_numba
+
+    reason = cpu_numba.missing()
+    if reason is None:
+        return "available for sfa_attention (forward only) and sfa_attention_with_kvcache"
+    return f"available for sfa_attention_with_kvcache, in plain PyTorch; for the faster kernels {reason}"
 
 
 def _cuda() -> str:
