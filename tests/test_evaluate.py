@@ -68,6 +68,7 @@ def test_eval_shows_dense_and_sfa_side_by_side(folder, capsys, tmp_path):
     assert rows[0]["perplexity"] != rows[1]["perplexity"]
     dense_bytes = 2 * 2 * (16 + 16) * 4
     assert rows[0]["cache_bytes_a_token"] == dense_bytes
+    assert rows[1]["cache_bytes_a_token"] == 2 * 2 * (4 * (4 + 1) + 2 * 4 + 16 * 4) < rows[1]["cache_bytes_in_use"]
     shown = cells(capsys.readouterr().out)
     assert [float(x) for x in shown["perplexity"]] == pytest.approx([r["perplexity"] for r in rows], rel=1e-3)
     assert len(shown["generated tokens a second"]) == 2
@@ -108,6 +109,7 @@ def test_generate(folder, capsys):
         ("need --topk", ["generate", "DENSE", "--prompt", "x", "--layers", "0"]),
         ("--topk must be", ["generate", "DENSE", "--prompt", "x", "--topk", "many"]),
         ("topk", ["generate", "DENSE", "--prompt", "x", "--tokenizer", "bytes", "--topk", "0"]),
+        ("sparse cache, which --tasks", ["eval", "DENSE", "--tasks", "piqa", "--topk", "4", "--v-dtype", "int8"]),
         ("has no config.sfa", ["generate", "DENSE", "--prompt", "x", "--tokenizer", "bytes", "--v-dtype", "int8"]),
         ("tolerance", ["generate", "SFA", "--prompt", "x", "--tokenizer", "bytes", "--tolerance", "2"]),
         ("what to measure", ["eval", "DENSE"]),

@@ -288,6 +288,64 @@ def test_a_mask_of_ones_own_is_applied():
 
 
 @torch.no_grad()
+def test_padding_in_a_mask_of_ones_own_is_not_stored():
+    """Left padding in a 4-D first mask, then steps with the 2-D one."""
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=16)
+    ids = prompt(rows=2, pad=False)["input_ids"]
+    real = torch.ones(2, 11, dtype=torch.bool)
+    real[1, :3] = False
+    positions = (real.long().cumsum(1) - 1).clamp_min(0)
+    seen = torch.ones(7, 7, dtype=torch.bool).tril() & real[:, None, None, :7]
+    cache = SFACache(model.config)
+    model(ids[:, :7], attention_mask=seen, position_ids=positions[:, :7], past_key_values=cache)
+    assert cache.sparse_layers()[0].kv.seq_lengths().tolist() == [7, 4]
+    step = model(ids[:, 7:8], attention_mask=real[:, :8].long(), position_ids=positions[:, 7:8], past_key_values=cache)
+    alone = model(ids[1:, 3:8], use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(step.logits[1:], alone, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_mask_of_keys_over_a_filled_cache_stays_causal():
+    torch.manual_seed(0)
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
+    ids = prompt(rows=2, pad=False)["input_ids"]
+    keys = torch.ones(2, 1, 1, 11, dtype=torch.bool)
+    keys[..., 2] = False
+    whole = model(ids, attention_mask=keys, use_cache=False).logits
+    cache = SFACache(model.config)
+    model(ids[:, :2], past_key_values=cache)
+    model(ids[:, 2:7], attention_mask=keys[..., :7], past_key_values=cache)
+    part = model(ids[:, 7:], attention_mask=keys, past_key_values=cache).logits
+    torch.testing.assert_close(part, whole[:, 7:], atol=2e-5, rtol=1e-4)
+    with pytest.raises(TypeError, match="attn_mask must be a bool tensor"):
+        model(ids[:, :1], attention_mask=torch.zeros(2, 1, 1, 12), past_key_values=cache)
+
+
+def test_modules_that_do_not_know_their_layer_take_one_setting():
+    small = {"dim": 32, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 50}
+    model = hf.DistilBertModel(hf.DistilBertConfig(**small)).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        dense = model(ids).last_hidden_state
+        sparse = enable_sfa(model, topk=4)(ids).last_hidden_state
+        assert not torch.allclose(dense, sparse, atol=1e-4)
+        for setting in ({"topk": 4, "layers": [1]}, {"topk": [4, 8]}):
+            with pytest.raises(NotImplementedError, match="does not know its layer"):
+                enable_sfa(model, **setting)(ids)
+
+
+def test_an_enabled_model_can_be_pickled(tmp_path):
+    model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    out = again.generate(**prompt(rows=2), max_new_tokens=3, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, SFACache)
+    assert again._prepare_cache_for_generation.args[0] is again
+    assert torch.equal(out.sequences, model.generate(**prompt(rows=2), max_new_tokens=3))
+
+
+@torch.no_grad()
 def test_rows_of_a_cache_are_selected_and_repeated():
     torch.manual_seed(0)
     model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
@@ -644,6 +702,7 @@ def test_lean_masks_on_the_cpu():
         ({"topk": 4, "layers": [1, 1]}, ValueError, "layers"),
         ({"topk": 4, "layers": [-1]}, ValueError, "layers"),
         ({"topk": 4, "layers": range(2**62)}, ValueError, "layers"),
+        ({"topk": 4, "layers": []}, ValueError, "layers"),
         ({"topk": 4, "layers": 1}, TypeError, "layers"),
         ({"topk": 4, "layers": "01"}, TypeError, "layers"),
         ({"topk": 4, "layers": (i for i in (0, 1))}, TypeError, "layers"),

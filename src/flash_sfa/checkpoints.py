@@ -32,8 +32,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topk", help="8; or topk_q,topk_k with 'none' for a dense side; or JSON, an entry a layer")
     parser.add_argument("--dense-dims", default="0", help="features always kept: a number, or 'rotary'")
     parser.add_argument("--layers", help="layers to change: numbers with commas, or 'global' (default: all)")
-    parser.add_argument("--v-dtype", choices=("int8", "float8_e4m3fn"), help="store V of the sparse cache in 8 bits")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="weight that a cached step may misplace")
+    parser.add_argument(
+        "--v-dtype", choices=("int8", "float8_e4m3fn"), help="V of the sparse cache in 8 bits (generation)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="weight a cached step may misplace (generation)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
@@ -122,8 +126,13 @@ def new_cache(model: Any, args: argparse.Namespace) -> Any:
         raise UsageError(f"--tolerance: {error}") from None
 
 
+def row_bytes(cache: Any) -> int:
+    """Bytes of the stored keys and values, sparse or Transformers' own."""
+    return int(cache.key_nbytes() + cache.value_nbytes()) if hasattr(cache, "key_nbytes") else cache_bytes(cache)
+
+
 def cache_bytes(cache: Any) -> int:
-    """Bytes that a filled cache uses, sparse or Transformers' own."""
+    """Bytes that a filled cache uses; of a sparse one whole pages, with running sums and tables."""
     if hasattr(cache, "nbytes"):
         return int(cache.nbytes())
     return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)

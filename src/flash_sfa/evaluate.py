@@ -25,6 +25,7 @@ from .checkpoints import (
     load_tokenizer,
     pad_token,
     read_text,
+    row_bytes,
     setting_of,
     short,
 )
@@ -47,7 +48,7 @@ NEEDLES = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
 def perplexity(
     model: Any, ids: Tensor, *, length: int, stride: int, batch_size: int = 1, limit: int | None = None
 ) -> dict[str, float]:
-    """Perplexity of ids (1, n) over windows of ``length`` tokens that move by ``stride``.
+    """Perplexity of ids (1, n) over windows of ``length`` tokens that move by ``stride``, without a cache.
 
     A window scores its last ``stride`` tokens, the first one all but its first token; so tokens are scored once, and
     see at least length - stride others. With stride = length the first token of a window is not scored.
@@ -85,14 +86,15 @@ def perplexity(
 
 
 def cost(model: Any, ids: Tensor, args: argparse.Namespace, pad: int) -> dict[str, float]:
-    """Bytes of the cache a token after generating from ids, and tokens a second without the prefill."""
+    """Bytes of the cache after generating from ids, and tokens a second without the prefill."""
     sizes = {"min_new_tokens": args.new_tokens}
     generate(model, ids, args, new_tokens=2, pad=pad)
     _, _, first = generate(model, ids, args, new_tokens=1, pad=pad)
     _, cache, every = generate(model, ids, args, new_tokens=args.new_tokens, pad=pad, **sizes)
     tokens = args.new_tokens - 1
     return {
-        "cache_bytes_a_token": cache_bytes(cache) / (ids.numel() + tokens),
+        "cache_bytes_a_token": row_bytes(cache) / (ids.numel() + tokens),
+        "cache_bytes_in_use": cache_bytes(cache),
         "generated_tokens_a_second": tokens * ids.shape[0] / max(every - first, 1e-9),
     }
 
@@ -211,6 +213,8 @@ def run(args: argparse.Namespace) -> int:
     args.tasks = [] if args.tasks is None else args.tasks.split(",")
     if args.text is None and not args.tasks:
         raise UsageError("give --text, --tasks, or both: what to measure")
+    if args.tasks and (args.v_dtype or args.tolerance):
+        raise UsageError("--v-dtype and --tolerance belong to the sparse cache, which --tasks do not use")
     setting = setting_of(args)
     text = None if args.text is None else read_text(args.text, "--text")
     if args.tasks:
@@ -240,6 +244,7 @@ def run(args: argparse.Namespace) -> int:
             row |= {
                 "sfa": settings[path] if name == "sfa" else None,
                 "v_dtype": args.v_dtype if name == "sfa" else None,
+                "tolerance": args.tolerance if name == "sfa" else 0.0,
             }
             rows.append(row | _measure(model, tokenizer, text, args))
     print(table(rows))
@@ -288,6 +293,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "loss": "loss, nats a token",
         "tokens": "scored tokens",
         "cache_bytes_a_token": "cache bytes a token",
+        "cache_bytes_in_use": "cache bytes with pages, sums",
         "generated_tokens_a_second": "generated tokens a second",
     }
     lines = [["", *(f"{row['checkpoint']} {row['attention']}" for row in rows)]]

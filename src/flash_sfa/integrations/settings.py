@@ -36,6 +36,12 @@ def layer_setting(config: Any, layer: int) -> tuple[Topk, Any] | None:
     return topk, sfa.get("dense_dims", 0)
 
 
+def same_for_all(config: Any) -> bool:
+    """Whether config.sfa says the same of every layer."""
+    first, *others = (layer_setting(config, i) for i in range(config.num_hidden_layers))
+    return all(other == first for other in others)
+
+
 def topk_by_layer(topk: Any, layers: int) -> list[Topk]:
     """topk in any of its forms, for each layer.
 
@@ -142,7 +148,7 @@ def _check_layers(layers: Any, count: int) -> None:
         raise TypeError(
             f"layers must be None, 'global' or a sequence of ints, got {layers!r} of type {type(layers).__name__}"
         )
-    if len(layers) > count:
+    if not 1 <= len(layers) <= count:
         raise ValueError(f"layers must be distinct layer numbers in [0, {count}), got {len(layers)} of them")
     for entry in layers:
         if not is_int(entry):
@@ -164,7 +170,10 @@ def _global_layers(config: Any) -> list[int]:
 
 def head_dim(config: Any) -> int:
     """Features of a query or key row."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    try:
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    except (AttributeError, ValueError, TypeError) as error:  # Gemma 4: a width for each kind of layer
+        raise NotImplementedError(f"{type(config).__name__} has no one head_dim for all layers: {error}") from None
 
 
 def _rotary_dims(config: Any, dim: int) -> int:

@@ -8,7 +8,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ..checks import is_int
 from ..codes import SparseCode, autocast_dtype
 from ..decode import sfa_attention_with_kvcache
 from ..impl.reference import visible_pairs
-from .settings import check_setting, key_topk, layer_setting, query_topk, text_config
+from .settings import check_setting, key_topk, layer_setting, query_topk, same_for_all, text_config
 from .sparse_cache import NewKeys, SFACache, SFALayer, codes_of, take_rows
 
 __all__ = [
@@ -143,7 +143,7 @@ def enable_sfa(
     if getattr(model, "_sfa_previous", None) is None:
         model._sfa_previous = [entry for entry in before if entry[0] is config]
     if hasattr(model, "_prepare_cache_for_generation"):
-        model._prepare_cache_for_generation = MethodType(_prepare_cache, model)
+        model._prepare_cache_for_generation = partial(_prepare_cache, model)  # a bound method would not unpickle
     return model
 
 
@@ -151,11 +151,11 @@ def disable_sfa(model: Any) -> Any:
     """Undo ``enable_sfa``: the attention implementation, config and cache of before.
 
     Raises:
-        ValueError: the model is not enabled.
+        ValueError: ``enable_sfa`` was not called on this model, also where it was loaded with attention "sfa".
     """
     previous = getattr(model, "_sfa_previous", None)
     if previous is None:
-        raise ValueError(f"SFA is not enabled on this {type(model).__name__}")
+        raise ValueError(f"SFA is not enabled on this {type(model).__name__}: enable_sfa was not called on it")
     _restore(previous)
     del model._sfa_previous
     model.__dict__.pop("_prepare_cache_for_generation", None)
@@ -322,7 +322,7 @@ def _sfa_forward(
 ) -> tuple[Tensor, None]:
     """The registered attention function: (b, heads, n, d) in, (b, n, heads, dv) out."""
     _refuse(kwargs)
-    setting = layer_setting(module.config, getattr(module, "layer_idx", 0))
+    setting = layer_setting(module.config, _layer_of(module))
     if setting is None:
         return _dense_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
@@ -369,6 +369,18 @@ def _sfa_forward(
     return sfa_attention(*rows, attn_mask=attention_mask, **options), None
 
 
+def _layer_of(module: nn.Module) -> int:
+    """The layer's number; modules that do not know theirs can only have one setting for all."""
+    index: int | None = getattr(module, "layer_idx", None)
+    if index is None:
+        if not same_for_all(module.config):
+            raise NotImplementedError(
+                f"{type(module).__name__} does not know its layer's number: config.sfa must be the same for all layers"
+            )
+        return 0
+    return index
+
+
 def _cached_forward(
     query: Tensor, key: NewKeys, mask: Tensor | None, window: tuple[int, int], scaling: float, dropout: float
 ) -> Tensor:
@@ -386,7 +398,7 @@ def _cached_forward(
     q, topk = _swap(query), query_topk(layer.topk, query.shape[1])
     k, v = key.new_code(), _swap(key.v)
     plain = mask is None or getattr(mask, "_sfa_plain", False)
-    real = layer.padding_of(mask, query.shape[0], n) if plain and not key.stored else None
+    real = layer.padding_of(mask, query.shape[0], n) if (plain or past == 0) and not key.stored else None
     options: dict[str, Any] = {"window_size": window, "softmax_scale": float(scaling)}
     if past == 0:
         if plain and real is None:
@@ -402,7 +414,9 @@ def _cached_forward(
     if not plain and mask is not None:
         rows = codes_of(q, topk, layer.dense_dims)
         code, all_v = layer.gather(mask.shape[-1])
-        return sfa_attention(rows, code, all_v.to(v.dtype), attn_mask=mask.bool(), softmax_scale=float(scaling))
+        lean = mask.shape[-2] == 1 < n  # says of keys alone, so causality and window still hold
+        options["window_size"] = window if lean else (-1, -1)
+        return sfa_attention(rows, code, all_v.to(v.dtype), attn_mask=mask, causal=lean, **options)
     order = None if real is None else _right_aligned(real, v.device)
     if order is not None:
         q = take_rows(q, order)
