@@ -35,9 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--v-dtype", choices=("int8", "float8_e4m3fn"), help="V of the sparse cache in 8 bits (generation)"
     )
-    parser.add_argument(
-        "--tolerance", type=float, default=0.0, help="weight a cached step may misplace (generation)"
-    )
+    parser.add_argument("--tolerance", type=float, default=0.0, help="weight a cached step may misplace (generation)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
