@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flash_sfa.impl import cuda_decode
+from flash_sfa.impl import nvrtc
 
 SOURCE = Path(__file__).with_name("dense_fma.cu")
 ROWS = 128
@@ -31,24 +31,14 @@ def shared(d: int) -> int:
     return 4 * (ROWS * d + ROWS * keys_a_tile(d) + 2 * 4096)
 
 
-def compile_kernel(d: int, causal: bool, arch: str) -> bytes:
-    core = cuda_decode._cuda_core()
-    if core is None:
-        raise RuntimeError("cuda-core is not installed: pip install 'flash-sfa[cuda]'")
-    macros = [("FMA_D", str(d)), ("FMA_BN", str(keys_a_tile(d))), ("FMA_CAUSAL", str(int(causal)))]
-    options = core.ProgramOptions(arch=arch, std="c++17", define_macro=macros)
-    return bytes(core.Program(SOURCE.read_text(), code_type="c++", options=options).compile("cubin").code)
+def macros(d: int, causal: bool) -> nvrtc.Macros:
+    return [("FMA_D", str(d)), ("FMA_BN", str(keys_a_tile(d))), ("FMA_CAUSAL", str(int(causal)))]
 
 
 @functools.cache
-def _load(d: int, causal: bool, device: torch.device) -> ctypes.c_void_p:
-    torch.zeros(1, device=device)
-    image = compile_kernel(d, causal, "sm_{}{}".format(*torch.cuda.get_device_capability(device)))
-    driver, module, function = cuda_decode._driver(), ctypes.c_void_p(), ctypes.c_void_p()
-    driver.call("cuModuleLoadData", ctypes.byref(module), image)
-    driver.call("cuModuleGetFunction", ctypes.byref(function), module, b"dense_fma")
-    driver.call("cuFuncSetAttribute", function, 8, shared(d))
-    return function
+def _load(d: int, causal: bool, device: torch.device) -> nvrtc.Kernels:
+    name = "dense_fma"
+    return nvrtc.Kernels(SOURCE, macros(d, causal), (name,), device, shared={name: shared(d)})
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -64,11 +54,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), scale=d**-0.5 * 1.4426950408889634, n=n,
         h=h, tiles=tiles,
     )  # fmt: skip
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    with torch.cuda.device(q.device):
-        function = _load(d, causal, q.device)
-        stream = torch.cuda.current_stream().cuda_stream
-        cuda_decode._driver().call(
-            "cuLaunchKernel", function, b * h * tiles, 1, 1, 256, 1, 1, shared(d), stream, arguments, None
-        )
+    _load(d, causal, q.device).launch("dense_fma", (b * h * tiles, 1, 1), 256, params, shared=shared(d))
     return out

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from flash_sfa.impl import cuda_append, cuda_decode
+from flash_sfa.impl import cuda_append, cuda_decode, nvrtc
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # name: query rows a kv head, then what differs from d = dv = 128, topk 8, bf16, pages of 256
@@ -37,6 +37,10 @@ def shape(**options):
         **{"head_dim": 128, "v_head_dim": 128, "width": 8, "dense_dims": (), "page_size": 256, "dtype": BF16,
            "v_dtype": BF16} | options
     )  # fmt: skip
+
+
+def compiled(config, arch):
+    return nvrtc.compile_file(cuda_decode.SOURCE, config.macros(), arch)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -69,7 +73,7 @@ def test_the_choices_compile_without_spills(name, tmp_path):
         "int8": (1, {"v_dtype": torch.int8}), "gqa4_fp8": (4, {"v_dtype": torch.float8_e4m3fn})
     }[name]  # fmt: skip
     config = cuda_decode.configure(shape(**options), rows, **CHOICES)
-    for kernel, registers, stack, shared in resources(cuda_decode.compile_kernels(config, "sm_90"), tmp_path):
+    for kernel, registers, stack, shared in resources(compiled(config, "sm_90"), tmp_path):
         print(f"{name} {kernel}: {registers} registers, {stack} bytes of stack, {shared} of shared memory")
         assert int(shared) <= 48 * 1024 and int(stack) <= (64 if rows == 8 else 0)
 
@@ -81,7 +85,7 @@ def test_append_compiles_without_spills(name, arch, tmp_path):
     for coded in (False, True):
         config = cuda_append.configure(shape(**options), coded=coded)
         ((kernel, _, stack, shared),) = resources(
-            cuda_decode.compile_kernels(config, arch, cuda_append.SOURCE), tmp_path
+            nvrtc.compile_file(cuda_append.SOURCE, config.macros(), arch), tmp_path
         )
         assert kernel == "sfa_append" and int(stack) == 0 and int(shared) <= 48 * 1024
 
@@ -89,9 +93,9 @@ def test_append_compiles_without_spills(name, arch, tmp_path):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
 @pytest.mark.parametrize("name", CACHES)
 def test_compiles_without_spills(name, arch, tmp_path):
-    assert cuda_decode._cuda_core() is not None, "cuda-core is part of the test extra"
+    assert nvrtc.cuda_core() is not None, "cuda-core is part of the test extra"
     rows, options = CACHES[name]
-    found = resources(cuda_decode.compile_kernels(cuda_decode.configure(shape(**options), rows), arch), tmp_path)
+    found = resources(compiled(cuda_decode.configure(shape(**options), rows), arch), tmp_path)
     assert {kernel for kernel, *_ in found} == {"sfa_decode", "sfa_combine"}
     for kernel, registers, stack, shared in found:
         print(f"{name} {arch} {kernel}: {registers} registers, {stack} bytes of stack, {shared} of shared memory")

@@ -36,7 +36,7 @@ class HostKernels:
         self.library = ctypes.CDLL(str(library))
         shutil.rmtree(folder)
 
-    def launch(self, name, grid, threads, params, early=False):
+    def launch(self, name, grid, threads, params):
         kernel = ("sfa_decode", "sfa_combine").index(name)
         assert self.library.launch(kernel, *grid, ctypes.byref(params), ctypes.sizeof(params)) == 0
 

@@ -38,8 +38,8 @@ class HostKernels:
         shutil.rmtree(folder)
         assert self.library.shared_bytes() == config.shared
 
-    def launch(self, name, blocks, threads, shared, params):
-        self.library.launch(("sfa_pages", "sfa_intersect").index(name), blocks, ctypes.byref(params))
+    def launch(self, name, grid, threads, params, shared=0):
+        self.library.launch(("sfa_pages", "sfa_intersect").index(name), grid[0], ctypes.byref(params))
 
 
 host_kernels = functools.cache(HostKernels)
@@ -321,7 +321,7 @@ def test_needs_a_gpu():
     ids=str,
 )  # fmt: skip
 def test_what_cannot_be_done(change, text, monkeypatch):
-    monkeypatch.setattr(intersect.cuda_decode, "missing", lambda index: None)
+    monkeypatch.setattr(intersect.nvrtc, "missing", lambda index: None)
     call = {"dtype": BF16, "d": 64, "dv": 64, "topk": (4, 4), "dense_dims": False, "masked": False, "packed": False,
             "dropout_p": 0.0} | change  # fmt: skip
     reason = intersect.unsupported(torch.device("cuda"), *(call.pop(n) for n in ("dtype", "d", "dv", "topk")), **call)
@@ -340,7 +340,7 @@ def test_under_compile_without_a_break(monkeypatch):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     monkeypatch.setattr(intersect, "load", host_kernels)
-    monkeypatch.setattr(intersect.cuda_decode, "missing", lambda index: None)
+    monkeypatch.setattr(intersect.nvrtc, "missing", lambda index: None)
     real = intersect.unsupported
     monkeypatch.setattr(
         intersect, "unsupported", lambda device, *rest, **more: real(torch.device("cuda"), *rest, **more)
@@ -384,13 +384,13 @@ CONFIGS = [
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
 def test_compiles_almost_without_spills(arch, config, tmp_path):
     triton = pytest.importorskip("triton")
-    assert intersect.cuda_decode._cuda_core() is not None, "cuda-core is part of the test extra"
+    assert intersect.nvrtc.cuda_core() is not None, "cuda-core is part of the test extra"
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     file = tmp_path / "intersect.cubin"
     d, dv, topk, dtype, drop = config
     groups = {"WGMMA": int(dtype != FP32), "AHEAD": int(topk < 32)} if arch == "sm_90a" else {}
     chosen = intersect.configure(d, dv, topk, topk, dtype, drop, (int(arch[3]), 0), **groups)
-    file.write_bytes(intersect.compile_kernels(chosen, arch))
+    file.write_bytes(intersect.nvrtc.compile_file(intersect.SOURCE, chosen.macros(), arch))
     usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     assert {kernel for kernel, *_ in found} == {"sfa_pages", "sfa_intersect"}

@@ -6,8 +6,6 @@ q and k in e4m3 or int8 (`quantise`) multiply at twice the rate; `compress` make
 
 import ctypes
 import functools
-import hashlib
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +13,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from flash_sfa.impl import cuda_decode
+from flash_sfa.impl import nvrtc
 
 SOURCE = Path(__file__).with_name("forward.cu")
 LOG2E = 1.4426950408889634
@@ -174,14 +172,9 @@ def forward(
 def _launch(
     config: Config, device: torch.device, work: int, maps: list[ctypes.Array[ctypes.c_uint64]], params: _Params
 ) -> None:
-    function, processors = _load(config, device)
-    arguments = (ctypes.c_void_p * 4)(*(ctypes.addressof(m) for m in maps), ctypes.addressof(params))
+    kernels, processors = _load(config, device)
     grid, threads = min(processors // config.CLUSTER, work) * config.CLUSTER, 128 * (config.WGS + 1)
-    with torch.cuda.device(device):
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        cuda_decode._driver().call(
-            "cuLaunchKernel", function, grid, 1, 1, threads, 1, 1, config.shared, stream, arguments, None
-        )
+    kernels.launch("hopper_forward", (grid, 1, 1), threads, *maps, params, shared=config.shared)
 
 
 def _check(
@@ -221,7 +214,7 @@ def _tensor_map(x: Tensor, rows: int) -> ctypes.Array[ctypes.c_uint64]:
     # A stride of a dimension of size 1 is not used, but checked.
     steps = [(x.stride(i) if x.shape[i] > 1 else d) * size for i in (1, 2, 0)]
     u64, u32 = ctypes.c_uint64, ctypes.c_uint32
-    cuda_decode._driver().call(
+    nvrtc.driver().call(
         "cuTensorMapEncodeTiled", tensor_map, 0 if size == 1 else 9, u32(4), ctypes.c_void_p(x.data_ptr()),
         (u64 * 4)(d, s, h, b), (u64 * 3)(*steps), (u32 * 4)(box, rows, 1, 1), (u32 * 4)(1, 1, 1, 1),
         0, 3 if box * size == 128 else 2, 2, 0,
@@ -231,34 +224,14 @@ def _tensor_map(x: Tensor, rows: int) -> ctypes.Array[ctypes.c_uint64]:
 
 def compile_kernel(config: Config, log: TextIO | None = None) -> bytes:
     """A cubin for sm_90a; needs cuda-core and NVRTC, but no GPU. What the compiler says goes to ``log``."""
-    core = cuda_decode._cuda_core()
-    if core is None:
-        raise RuntimeError("cuda-core is not installed: pip install 'flash-sfa[cuda]'")
-    options = core.ProgramOptions(arch="sm_90a", std="c++17", define_macro=config.macros())
-    return bytes(core.Program(SOURCE.read_text(), code_type="c++", options=options).compile("cubin", logs=log).code)
-
-
-def _cached(config: Config) -> Path:
-    """The file that holds, or is to hold, the cubin."""
-    key = hashlib.sha256(repr((SOURCE.read_text(), config)).encode()).hexdigest()[:32]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "flash_sfa" / f"forward-sm_90a-{key}.cubin"
+    return nvrtc.compile_file(SOURCE, config.macros(), "sm_90a", log)
 
 
 @functools.cache
-def _load(config: Config, device: torch.device) -> tuple[ctypes.c_void_p, int]:
-    """The kernel's function on a device, and how many multiprocessors that has."""
-    with torch.cuda.device(device):
-        if torch.cuda.get_device_capability() != (9, 0):
-            raise NotImplementedError(f"the kernel is for Hopper, {torch.cuda.get_device_name()} is not")
-        torch.zeros(1, device=device)  # makes torch's context current
-        driver, module, function, file = cuda_decode._driver(), ctypes.c_void_p(), ctypes.c_void_p(), _cached(config)
-        try:
-            driver.call("cuModuleLoadData", ctypes.byref(module), file.read_bytes())
-        except (OSError, RuntimeError):  # not there, or written for another driver
-            image = compile_kernel(config)
-            driver.call("cuModuleLoadData", ctypes.byref(module), image)
-            cuda_decode._keep(file, image)
-        driver.call("cuModuleGetFunction", ctypes.byref(function), module, b"hopper_forward")
-        driver.call("cuFuncSetAttribute", function, 8, config.shared)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
-        return function, torch.cuda.get_device_properties(device).multi_processor_count
+def _load(config: Config, device: torch.device) -> tuple[nvrtc.Kernels, int]:
+    """The kernel on a device, and how many multiprocessors that has."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        raise NotImplementedError(f"the kernel is for Hopper, {torch.cuda.get_device_name(device)} is not")
+    name = "hopper_forward"
+    kernels = nvrtc.Kernels(SOURCE, config.macros(), (name,), device, arch="sm_90a", shared={name: config.shared})
+    return kernels, torch.cuda.get_device_properties(device).multi_processor_count

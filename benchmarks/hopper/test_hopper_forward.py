@@ -17,7 +17,7 @@ import pytest
 import torch
 import triton
 
-from flash_sfa.impl import cuda_decode
+from flash_sfa.impl import nvrtc
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
 
@@ -217,7 +217,7 @@ def on_host(request, monkeypatch):
         assert problem == 0, "the threads wait for each other" if problem == 2 else "Params differ"
 
     monkeypatch.setattr(hopper_forward, "_launch", launch)
-    monkeypatch.setattr(cuda_decode, "_driver", HostDriver)
+    monkeypatch.setattr(nvrtc, "driver", HostDriver)
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,9 @@ def _cpu() -> str:
 def _cuda() -> str:
     """State of the CUDA decode kernel."""
     try:
-        from .impl import cuda_decode
+        from .impl import nvrtc
 
-        reason = cuda_decode.missing(None)
+        reason = nvrtc.missing(None)
     except Exception as error:  # a broken installation may raise anything
         reason = f"{type(error).__name__}: {error}"
     return "available for sfa_attention_with_kvcache" if reason is None else f"not available: {reason}"

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import SparseKVCache, sfa_attention_with_kvcache, topk_sparsify
 from ..cli import UsageError
-from ..impl import cuda_decode
+from ..impl import cuda_decode, nvrtc
 from .timing import time_ms
 
 BF16 = torch.bfloat16
@@ -313,7 +313,7 @@ class Report:
 
 def run(args: argparse.Namespace) -> int:
     """Time every case, write decode.jsonl and decode.png, print a table; 1 if a case failed."""
-    if (reason := cuda_decode.missing(torch.cuda.current_device())) is not None:
+    if (reason := nvrtc.missing(torch.cuda.current_device())) is not None:
         raise UsageError(f"the decode kernel is not available: {reason}")
     if unknown := set(args.cases or ()) - set(CASES):
         raise UsageError(f"--cases: unknown {sorted(unknown)}; known: {', '.join(CASES)}")

@@ -1,4 +1,4 @@
-"""Append to a cache on a GPU in one kernel: the launcher of ``append.cu``, compiled as in `cuda_decode`.
+"""Append to a cache on a GPU in one kernel: the launcher of ``append.cu``, compiled at its first use.
 
 Lengths and tables are those on the device, so a captured launch can be replayed; nothing waits for the GPU.
 """
@@ -7,12 +7,13 @@ import ctypes
 import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..codes import SparseCode
+from . import nvrtc
 
 if TYPE_CHECKING:
     from ..cache import SparseKVCache, _Live
@@ -109,8 +110,5 @@ def append(
 
 
 @functools.cache
-def load(config: Config, device: torch.device) -> Any:
-    from .cuda_decode import Kernels
-
-    with torch.cuda.device(device):
-        return Kernels(config, device, SOURCE, ("sfa_append",))
+def load(config: Config, device: torch.device) -> nvrtc.Kernels:
+    return nvrtc.Kernels(SOURCE, config.macros(), ("sfa_append",), device, prefer_shared=("sfa_append",))

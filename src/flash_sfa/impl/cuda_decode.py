@@ -1,25 +1,19 @@
 """Decode on a GPU: the launcher of ``decode.cu``, which is compiled for each configuration at its first use.
 
-NVRTC compiles through cuda-core; cubins are kept in the user's cache directory. The driver is called through ctypes.
 Nothing here waits for the GPU. Results do not depend on what else is in the batch.
 """
 
 import ctypes
 import functools
-import hashlib
-import importlib
-import os
-import tempfile
-import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache import BLOCK, SparseKVCache
 from ..codes import SparseCode
+from . import nvrtc
 
 SOURCE = Path(__file__).with_name("decode.cu")
 MAX_QUERIES, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 1024, 512
@@ -84,7 +78,7 @@ def unsupported(cache: SparseKVCache, sq: int, *, grad: bool) -> str | None:
     """Why this implementation cannot do a call, or None."""
     if cache.device.type != "cuda":
         return f"it needs a cache on a CUDA device, this one is on {cache.device}"
-    if (reason := missing(cache.device.index)) is not None:
+    if (reason := nvrtc.missing(cache.device.index)) is not None:
         return reason
     if torch.float64 in (cache.dtype, cache.v_dtype):
         return "float64 is not supported"
@@ -99,30 +93,6 @@ def unsupported(cache: SparseKVCache, sq: int, *, grad: bool) -> str | None:
         return f"a layer holds up to 2**32 rows of V, this one {cache.num_pages} pages of {cache.page_size}"
     if grad:
         return "it gives no gradient; call it under torch.no_grad()"
-    return None
-
-
-@functools.cache
-def missing(index: int | None) -> str | None:
-    """None if kernels can be compiled and run on a device, else the reason."""
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return "torch sees no NVIDIA GPU"
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "the GPU must have compute capability 8.0 or newer"
-    if _cuda_core() is None:
-        return "cuda-core, which compiles the kernel, is not installed: pip install 'flash-sfa[cuda]'"
-    return None
-
-
-def _cuda_core() -> Any:
-    """The module of cuda-core that has Program, or None."""
-    for name in ("cuda.core", "cuda.core.experimental"):  # the second in its first releases
-        try:
-            module = importlib.import_module(name)
-        except Exception:  # a broken installation may raise anything
-            continue
-        if hasattr(module, "Program"):
-            return module
     return None
 
 
@@ -272,7 +242,7 @@ def attend(
     )  # fmt: skip
     kernels = load(config, device)
     kernels.launch("sfa_decode", (hkv * chunks, b, splits), 32 * config.WARPS, params)
-    kernels.launch("sfa_combine", (sq * hq, b, 1), _COMBINE_THREADS, params, early=bool(config.EARLY))
+    kernels.launch("sfa_combine", (sq * hq, b, 1), _COMBINE_THREADS, params)
     return out, lse, misplaced, rows_read
 
 
@@ -293,125 +263,6 @@ def _splits(config: Config, columns: int, device: torch.device) -> int:
     return max(1, min(room // columns, MOST_SPLITS))
 
 
-# Compiling and loading
-
-
-def compile_kernels(config: Any, arch: str, source: Path = SOURCE) -> bytes:
-    """A cubin of a source file; needs cuda-core and NVRTC, but no GPU."""
-    core = _cuda_core()
-    if core is None:
-        raise RuntimeError("cuda-core is not installed: pip install 'flash-sfa[cuda]'")
-    options = core.ProgramOptions(arch=arch, std="c++17", define_macro=config.macros())
-    built = core.Program(source.read_text(), code_type="c++", options=options).compile("cubin")
-    return bytes(built.code)
-
-
-def cached_kernels(config: Any, arch: str, source: Path = SOURCE) -> Path:
-    """The file that holds, or is to hold, the cubin."""
-    key = hashlib.sha256(repr((source.read_text(), config, arch)).encode()).hexdigest()[:32]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "flash_sfa" / f"{source.stem}-{arch}-{key}.cubin"
-
-
-class _Driver:
-    """The few functions of the CUDA driver that a launch needs."""
-
-    def __init__(self) -> None:
-        self.lib = ctypes.CDLL("libcuda.so.1")
-        self.lib.cuLaunchKernel.argtypes = [
-            ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
-        ]  # fmt: skip
-        self.lib.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
-
-    def call(self, name: str, *arguments: Any) -> None:
-        if code := getattr(self.lib, name)(*arguments):
-            text = ctypes.c_char_p()
-            self.lib.cuGetErrorString(code, ctypes.byref(text))
-            raise RuntimeError(f"{name} failed with {code}: {(text.value or b'unknown').decode()}")
-
-
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute, whose value is a union of 64 bytes."""
-
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
-
-
-class _Launch(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
-    ]  # fmt: skip
-
-
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6
-
-_driver = functools.cache(_Driver)
-_threads = threading.local()
-
-
-class Kernels:
-    """The kernels of one configuration on one device."""
-
-    def __init__(
-        self, config: Any, device: torch.device, source: Path = SOURCE,
-        names: tuple[str, ...] = ("sfa_decode", "sfa_combine"),
-    ) -> None:  # fmt: skip
-        self.device, self.functions = device, {}
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-        file = cached_kernels(config, arch, source)
-        module = ctypes.c_void_p()
-        self._bind()
-        try:
-            image = file.read_bytes()
-            _driver().call("cuModuleLoadData", ctypes.byref(module), image)
-        except (OSError, RuntimeError):  # not there, or written for another driver
-            image = compile_kernels(config, arch, source)
-            _driver().call("cuModuleLoadData", ctypes.byref(module), image)
-            _keep(file, image)
-        for name in names:
-            function = ctypes.c_void_p()
-            _driver().call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-            self.functions[name] = function
-        # All of L1 as shared memory: the 100 is per cent, the 9 CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT.
-        _driver().call("cuFuncSetAttribute", self.functions[names[0]], 9, 100)
-
-    def _bind(self) -> None:
-        """Make torch's context current in this thread: any launch does."""
-        bound = _threads.__dict__.setdefault("bound", set())
-        if self.device not in bound:
-            torch.zeros(1, device=self.device)
-            bound.add(self.device)
-
-    def launch(self, name: str, grid: tuple[int, int, int], threads: int, params: Any, *, early: bool = False) -> None:
-        """early: the kernel waits by itself for the one before it, so that it may be started before that one ends."""
-        with torch.cuda.device(self.device):
-            self._bind()
-            stream = torch.cuda.current_stream().cuda_stream
-            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-            if not early or torch.cuda.get_device_capability(self.device) < (9, 0):
-                _driver().call("cuLaunchKernel", self.functions[name], *grid, threads, 1, 1, 0, stream, arguments, None)
-                return
-            attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-            launch = _Launch(
-                grid=grid, block=(threads, 1, 1), stream=stream, attributes=ctypes.pointer(attribute), count=1
-            )
-            _driver().call("cuLaunchKernelEx", ctypes.byref(launch), self.functions[name], arguments, None)
-
-
-def _keep(file: Path, image: bytes) -> None:
-    """Write a cubin to the cache directory; a directory that cannot be written only costs the next compilation."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            part.write(image)
-        os.replace(part.name, file)
-    except OSError:
-        pass
-
-
 @functools.cache
-def load(config: Config, device: torch.device) -> Kernels:
-    with torch.cuda.device(device):
-        return Kernels(config, device)
+def load(config: Config, device: torch.device) -> nvrtc.Kernels:
+    return nvrtc.Kernels(SOURCE, config.macros(), ("sfa_decode", "sfa_combine"), device, prefer_shared=("sfa_decode",))

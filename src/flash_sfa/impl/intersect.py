@@ -6,9 +6,6 @@ features and adds products to scores in shared memory. NVRTC compiles each confi
 
 import ctypes
 import functools
-import hashlib
-import os
-import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..codes import SparseCode
-from . import cuda_decode
+from . import nvrtc
 
 SOURCE = Path(__file__).with_name("intersect.cu")
 # Keys a page, and entries a group: the kernel reads whole groups.
@@ -131,7 +128,7 @@ def unsupported(
     if device.type != "cuda":
         return f"it needs CUDA tensors, got {device}"
     # torch.compile cannot trace the search for cuda-core; there the first launch tells.
-    if not torch.compiler.is_compiling() and (reason := cuda_decode.missing(device.index)) is not None:
+    if not torch.compiler.is_compiling() and (reason := nvrtc.missing(device.index)) is not None:
         return reason
     if dtype not in _KINDS:
         return f"{dtype} is not supported"
@@ -232,7 +229,7 @@ def build_pages(code: SparseCode, config: Config) -> FeaturePages:
         ids=ids.data_ptr(), out=values.data_ptr(), sk=sk, hkv=hkv, pages=pages,
     )  # fmt: skip
     if b * hkv * pages > 0:
-        load(config, device).launch("sfa_pages", b * hkv * pages, config.PAGE, 0, params)
+        load(config, device).launch("sfa_pages", (b * hkv * pages, 1, 1), config.PAGE, params)
     return FeaturePages(offsets[..., : config.D + 1], ids, values)
 
 
@@ -267,7 +264,7 @@ def forward(
         hq=hq, hkv=hkv, left=left, right=right, pages=pages.ids.shape[2], tiles=tiles, chunks=chunks,
     )  # fmt: skip
     blocks = tiles * chunks * hq * b
-    load(config, device).launch("sfa_intersect", blocks, 32 * config.WARPS, config.shared, params)
+    load(config, device).launch("sfa_intersect", (blocks, 1, 1), 32 * config.WARPS, params, shared=config.shared)
     return (out if wide == dv else out[..., :dv].contiguous()), lse
 
 
@@ -307,64 +304,10 @@ def _no_backward(ctx: Any, *grads: Any) -> None:
 attention.register_autograd(_no_backward)
 
 
-# Compiling and loading
-
-
-def compile_kernels(config: Config, arch: str) -> bytes:
-    """A cubin of intersect.cu; needs cuda-core and NVRTC, but no GPU."""
-    core = cuda_decode._cuda_core()
-    if core is None:
-        raise RuntimeError("cuda-core is not installed: pip install 'flash-sfa[cuda]'")
-    options = core.ProgramOptions(arch=arch, std="c++17", define_macro=config.macros())
-    return bytes(core.Program(SOURCE.read_text(), code_type="c++", options=options).compile("cubin").code)
-
-
-_threads = threading.local()
-
-
-def _bind(device: torch.device) -> None:
-    """Make torch's context current in this thread: any launch does."""
-    bound = _threads.__dict__.setdefault("bound", set())
-    if device not in bound:
-        torch.zeros(1, device=device)
-        bound.add(device)
-
-
-class Kernels:
-    """The kernels of one configuration on one device."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.device, self.functions = device, {}
-        _bind(device)
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) + ("a" if config.WGMMA else "")
-        key = hashlib.sha256(repr((SOURCE.read_text(), config, arch)).encode()).hexdigest()[:32]
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        file = Path(root) / "flash_sfa" / f"intersect-{arch}-{key}.cubin"
-        driver, module = cuda_decode._driver(), ctypes.c_void_p()
-        try:
-            driver.call("cuModuleLoadData", ctypes.byref(module), file.read_bytes())
-        except (OSError, RuntimeError):  # not there, or written for another driver
-            image = compile_kernels(config, arch)
-            driver.call("cuModuleLoadData", ctypes.byref(module), image)
-            cuda_decode._keep(file, image)
-        for name in ("sfa_pages", "sfa_intersect"):
-            self.functions[name] = ctypes.c_void_p()
-            driver.call("cuModuleGetFunction", ctypes.byref(self.functions[name]), module, name.encode())
-        # 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 9: PREFERRED_SHARED_MEMORY_CARVEOUT, in per cent.
-        driver.call("cuFuncSetAttribute", self.functions["sfa_intersect"], 8, config.shared)
-        driver.call("cuFuncSetAttribute", self.functions["sfa_intersect"], 9, 100)
-
-    def launch(self, name: str, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
-        with torch.cuda.device(self.device):
-            _bind(self.device)
-            stream = torch.cuda.current_stream().cuda_stream
-            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-            cuda_decode._driver().call(
-                "cuLaunchKernel", self.functions[name], blocks, 1, 1, threads, 1, 1, shared, stream, arguments, None
-            )
-
-
 @functools.cache
-def load(config: Config, device: torch.device) -> Kernels:
-    with torch.cuda.device(device):
-        return Kernels(config, device)
+def load(config: Config, device: torch.device) -> nvrtc.Kernels:
+    name = "sfa_intersect"
+    return nvrtc.Kernels(
+        SOURCE, config.macros(), ("sfa_pages", name), device, arch=nvrtc.architecture(device) + "a" * config.WGMMA,
+        shared={name: config.shared}, prefer_shared=(name,),
+    )  # fmt: skip
