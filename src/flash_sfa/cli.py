@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": ("flash_sfa.demo.command", "train SFA beside dense attention on real text, compare, generate"),
     "env": ("flash_sfa.env", "versions, devices, and which implementations are available"),
     "eval": ("flash_sfa.evaluate", "perplexity, tasks and cost of a checkpoint, dense and with SFA"),
+    "finetune": ("flash_sfa.finetune", "adapt a dense checkpoint to SFA, with the paper's regulariser"),
     "generate": ("flash_sfa.generate", "continue a prompt with a checkpoint, dense or with SFA"),
     "niah": ("flash_sfa.train.niah", "find a needle in a haystack: train on it, or test a checkpoint"),
     "prepare": ("flash_sfa.train.prepare", "turn text into packed token shards"),
