@@ -1,5 +1,6 @@
 // Runs a CUDA kernel on the CPU, a thread block at a time; every thread is a fiber that yields at warp and block
 // synchronisation. For tests of the arithmetic and the indices, not for speed.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -29,14 +30,24 @@ static Dim threadIdx, blockIdx, gridDim;
 
 namespace host {
 constexpr int MAX = 1024;
-static ucontext_t scheduler, fibers[MAX];
+static ucontext_t fibers[MAX];  // where a thread starts; from then on jumps, which need no system call
+static jmp_buf scheduler, points[MAX];
 static std::vector<char> stacks;
-static bool done[MAX];
+static bool started[MAX], done[MAX];
 static int threads, current;
 static u32 slots[2][MAX];
 static int parity[MAX], arrived[MAX / 32 + 1], generation[MAX / 32 + 1];
 
-static void yield() { swapcontext(&fibers[current], &scheduler); }
+static void yield() {
+  if (!_setjmp(points[current])) _longjmp(scheduler, 1);
+}
+
+__attribute__((noinline)) static void resume(int thread) {
+  if (_setjmp(scheduler)) return;
+  if (started[thread]) _longjmp(points[thread], 1);
+  started[thread] = true;
+  setcontext(&fibers[thread]);
+}
 
 static void wait(int barrier, int size) {
   int mine = generation[barrier];
@@ -62,25 +73,24 @@ void run(F body, Dim grid, int block) {
   entry = &body;
   threads = block;
   gridDim = grid;
-  stacks.resize(size_t(block) << 17);
+  stacks.resize(size_t(block) << 15);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = {x, y, z};
         std::memset(parity, 0, sizeof parity);
         for (int t = 0; t < block; ++t) {
-          done[t] = false;
+          started[t] = done[t] = false;
           getcontext(&fibers[t]);
-          fibers[t].uc_stack = {&stacks[size_t(t) << 17], 0, size_t(1) << 17};
-          fibers[t].uc_link = &scheduler;
-          makecontext(&fibers[t], +[] { (*entry)(); done[current] = true; }, 0);
+          fibers[t].uc_stack = {&stacks[size_t(t) << 15], 0, size_t(1) << 15};
+          makecontext(&fibers[t], +[] { (*entry)(); done[current] = true; _longjmp(scheduler, 1); }, 0);
         }
         for (int left = block; left;)
           for (int t = 0; t < block; ++t)
             if (!done[t]) {
               current = t;
               threadIdx = {unsigned(t), 0, 0};
-              swapcontext(&scheduler, &fibers[t]);
+              resume(t);
               left -= done[t];
             }
       }
@@ -178,35 +188,12 @@ inline u32 warp_max_u32(u32 x) {
   const u32* all = host::exchange(x);
   return *std::max_element(all, all + 32);
 }
-inline float from_bf16(u32 x) { return __uint_as_float(x << 16); }
-inline u32 fma_bf16x2(u32 x, u32 y, u32 z) {
-  u32 out = 0;
-  for (int i = 0; i < 32; i += 16)
-    out |= u32(to_bf16(from_bf16(x >> i & 0xffff) * from_bf16(y >> i & 0xffff) + from_bf16(z >> i & 0xffff))) << i;
-  return out;
+inline u32 warp_add_u32(u32 x) {
+  const u32* all = host::exchange(x);
+  u32 sum = 0;
+  for (int i = 0; i < 32; ++i) sum += all[i];
+  return sum;
 }
-// mma.m16n8k16: lane (g, c) holds a[i] at row g + 8 (i % 2) and columns 2 c, 2 c + 1 (+ 8 for i >= 2), b[i] at rows
-// 2 c, 2 c + 1 (+ 8 for i = 1) and column g, c[i] at row g + 8 (i / 2) and column 2 c + i % 2.
-template <bool HALF>
-void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  float rows[16][16], columns[16][8];
-  auto half = [](u32 x, int i) { x = x >> (16 * i) & 0xffff; return HALF ? from_half(u16(x)) : from_bf16(x); };
-  for (int i = 0; i < 4; ++i) {
-    const u32* all = host::exchange(a[i]);
-    for (int lane = 0; lane < 32; ++lane)
-      for (int j = 0; j < 2; ++j) rows[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + j] = half(all[lane], j);
-  }
-  for (int i = 0; i < 2; ++i) {
-    const u32* all = host::exchange(b[i]);
-    for (int lane = 0; lane < 32; ++lane)
-      for (int j = 0; j < 2; ++j) columns[lane % 4 * 2 + i * 8 + j][lane / 4] = half(all[lane], j);
-  }
-  int lane = host::current % 32;
-  for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 16; ++k) c[i] += rows[lane / 4 + i / 2 * 8][k] * columns[k][lane % 4 * 2 + i % 2];
-}
-inline void wait_for_kernel() {}
-inline void let_next_kernel_start() {}
 
 template <int BYTES>
 void load(const void* p, u32* out) {

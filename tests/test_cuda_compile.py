@@ -28,6 +28,9 @@ CACHES = {
     "fp32": (8, {"dtype": FP32, "v_dtype": FP32}),
     "topk16": (1, {"width": 16}),
     "d512": (1, {"head_dim": 512, "v_head_dim": 512}),
+    "int8": (1, {"v_dtype": torch.int8}),
+    "gqa4_fp8": (4, {"v_dtype": torch.float8_e4m3fn}),
+    "d1024": (2, {"head_dim": 1024}),
     "fp32_dv512": (6, {"head_dim": 64, "v_head_dim": 512, "dtype": FP32, "v_dtype": FP32}),
 }
 
@@ -51,7 +54,7 @@ def test_shared_memory_is_in_bounds(head_dim, v_head_dim, dtype):
         for width in (2, 8, 16, 32):
             cache = shape(head_dim=head_dim, v_head_dim=v_head_dim, width=width, dtype=dtype, v_dtype=dtype)
             config = cuda_decode.configure(cache, rows)
-            assert cuda_decode._shared_bytes(config, cache) <= 48 * 1024, (config, width)
+            assert cuda_decode._shared_bytes(config) <= 48 * 1024, (config, width)
 
 
 def resources(image, folder):
@@ -61,21 +64,6 @@ def resources(image, folder):
     file.write_bytes(image)
     usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
     return re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-
-
-# Compiled in only if asked for: tensor cores, and q ranked by the kernel.
-CHOICES = {"MMA": 1, "QTOPK": 1, "EVEN": 1, "EARLY": 1, "SCALES": 1}
-
-
-@pytest.mark.parametrize("name", ["mha", "gqa4", "gqa8", "dense16", "int8", "gqa4_fp8"])
-def test_the_choices_compile_without_spills(name, tmp_path):
-    rows, options = CACHES.get(name) or {
-        "int8": (1, {"v_dtype": torch.int8}), "gqa4_fp8": (4, {"v_dtype": torch.float8_e4m3fn})
-    }[name]  # fmt: skip
-    config = cuda_decode.configure(shape(**options), rows, **CHOICES)
-    for kernel, registers, stack, shared in resources(compiled(config, "sm_90"), tmp_path):
-        print(f"{name} {kernel}: {registers} registers, {stack} bytes of stack, {shared} of shared memory")
-        assert int(shared) <= 48 * 1024 and int(stack) <= (64 if rows == 8 else 0)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -95,10 +83,13 @@ def test_append_compiles_without_spills(name, arch, tmp_path):
 def test_compiles_without_spills(name, arch, tmp_path):
     assert nvrtc.cuda_core() is not None, "cuda-core is part of the test extra"
     rows, options = CACHES[name]
-    found = resources(compiled(cuda_decode.configure(shape(**options), rows), arch), tmp_path)
+    config = cuda_decode.configure(shape(**options), rows)
+    found = resources(compiled(config, arch), tmp_path)
     assert {kernel for kernel, *_ in found} == {"sfa_decode", "sfa_combine"}
+    (shared,) = (int(shared) for kernel, *_, shared in found if kernel == "sfa_decode")
+    assert shared <= cuda_decode._shared_bytes(config) + 1024  # newer architectures count the driver's KiB
     for kernel, registers, stack, shared in found:
         print(f"{name} {arch} {kernel}: {registers} registers, {stack} bytes of stack, {shared} of shared memory")
         assert int(shared) <= 48 * 1024
-        # Eight rows fill the registers; a few loop bounds may wait on the stack.
-        assert int(stack) <= (64 if rows == 8 else 0)
+        # Four and eight rows fill the registers; a few loop bounds may wait on the stack.
+        assert int(stack) <= {4: 8, 8: 64}.get(rows, 0)

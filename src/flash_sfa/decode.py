@@ -125,7 +125,7 @@ def sfa_attention_with_kvcache(
 
     if isinstance(q, Tensor) and topk_q is not None and impl == "cpu" and not grad and cpu_numba.takes_cache(cache):
         q = cpu_numba.sparsify(q.to(cache.dtype), topk_q)
-    elif isinstance(q, Tensor) and topk_q is not None:
+    elif isinstance(q, Tensor) and topk_q is not None and impl != "cuda":  # whose kernel ranks q itself
         q = topk_sparsify(q, topk_q, dense_dims=cache.dense_dims)
     q = q.to(cache.dtype)
     if k is not None and v is not None:
@@ -136,7 +136,9 @@ def sfa_attention_with_kvcache(
             parts = _cpu(q, cache, layer, ids, (left, right), scale, can_drop, tolerance)
         elif impl == "cuda":
             with torch.no_grad():
-                parts = cuda_decode.attend(q, cache, layer, ids, (left, right), scale, can_drop, return_stats)
+                parts = cuda_decode.attend(
+                    q, cache, layer, ids, (left, right), scale, can_drop, return_stats, topk=topk_q
+                )
         else:
             parts = _gathered(q, cache, layer, ids, (left, right), scale, nonoverlap, impl)
     out, lse, misplaced, rows_read = parts

@@ -273,30 +273,25 @@ class Report:
         self.row(case, "cuda", times, nbytes, **more)
 
     def sweep(self, case: Case) -> None:
-        """The step over the kernel's settings; `raw`: the kernel ranks the features of q itself."""
+        """The step over the kernel's settings, beside those that `configure` picks."""
         cache = fill(case)
         q = torch.randn(len(case.lengths), case.sq, case.hq, case.d, device="cuda", dtype=BF16)
         base = cuda_decode.configure(cache, case.sq * case.hq // case.hkv)
-        # Not run before; one after the other, then on tensor cores.
-        new: dict[str, int] = {"EVEN": 1, "EARLY": 1, "SCALES": 1, "raw": 1}
-        mma = {**new, "MMA": 1}
-        settings: list[dict[str, int]] = [{}, {"EARLY": 1}, {"raw": 1}, {"EVEN": 1}, {"SCALES": 1}, new]
-        settings += [{**new, "CTAS": base.CTAS - 1}, {**new, "UNROLL": 6}, {**new, "WARPS": 2, "CTAS": 2 * base.CTAS}]
-        settings += [mma, {**mma, "CTAS": 5}, {**mma, "CTAS": 3}, {**mma, "WARPS": 2, "CTAS": 8}]
-        settings += [{**mma, "WARPS": 2, "CTAS": 7, "UNROLL": 8}, {**mma, "max_splits": 32}, {**mma, "max_splits": 128}]
+        settings: list[dict[str, int]] = [{}, {"CTAS": base.CTAS - 1}, {"CTAS": base.CTAS + 1}]
+        settings += [{"UNROLL": n} for n in (4, 6, 8) if n != base.UNROLL]
+        settings += [{"CTAS": base.CTAS + 1, "UNROLL": 4}, {"WARPS": 2, "CTAS": 2 * base.CTAS}]
+        if case.v_dtype != BF16:
+            settings += [{"VEC": 8, "UNROLL": 8}, {"VEC": 16, "CTAS": 3}, {"VEC": 16, "CTAS": 4, "UNROLL": 8}]
         if max(case.lengths) <= 16384:
-            settings += [{**new, "span": 2, "WARPS": 2}, {**mma, "span": 2, "WARPS": 2, "CTAS": 8}, {**mma, "span": 8}]
+            settings += [{"span": 2}, {"span": 2, "WARPS": 2}]
         wanted = None
         for setting in settings:
-            options: dict[str, Any] = {key: value for key, value in setting.items() if key != "raw"}
-            raw = setting.get("raw", 0)
+            options: dict[str, Any] = dict(setting)
 
-            def call(options: dict[str, Any] = options, raw: int = raw) -> Any:
-                x = q if raw else topk_sparsify(q, case.topk, dense_dims=cache.dense_dims)
-                topk = case.topk if raw else None
+            def call(options: dict[str, Any] = options) -> Any:
                 window, scale = (-1, 0), case.d**-0.5
                 return cuda_decode.attend(
-                    x, cache, 0, list(cache._ids), window, scale, False, False, topk=topk, **options
+                    q, cache, 0, list(cache._ids), window, scale, False, False, topk=case.topk, **options
                 )
 
             try:
@@ -308,7 +303,7 @@ class Report:
                 torch.cuda.synchronize()
                 print(f"{case.name} {setting}: {str(error).splitlines()[0][:90]}", flush=True)
                 continue
-            print(f"{case.name:13} {setting!s:90} {times['ms_median']:.4f} ms, off by {off:.1e}", flush=True)
+            print(f"{case.name:13} {setting!s:28} {times['ms_median']:.4f} ms, off by {off:.1e}", flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -336,8 +331,8 @@ def run(args: argparse.Namespace) -> int:
                 failed += 1
                 traceback.print_exc()
             torch.cuda.empty_cache()
-            report.append()
-            report.append(torch.int8)
+        report.append()
+        report.append(torch.int8)
         if args.sweep:
             for name in args.cases or (*QUICK, "gqa_4_int8", "mha_128_dense16_int8"):
                 report.sweep(CASES[name])

@@ -2,9 +2,11 @@
 // No headers: NVRTC alone compiles this file.
 //
 // A unit is the part of an append that falls into one 128-token block of one (sequence, kv head): it alone adds to that
-// running sum, in a fixed order. `team` warps share a unit, token by token. The last thread block of a sequence to end
-// advances its length, so that a captured launch can be replayed. An append that does not fit into `capacity` writes
-// nothing and sets `failed`.
+// running sum, in a fixed order. `team` warps share a unit, token by token. The last thread block of a sequence to have
+// read its length advances it, so that a captured launch can be replayed. An append that does not fit into `capacity`
+// writes nothing and sets `failed`.
+//
+// A step of one token is a chain of memory latencies: k and v come while the length and then the tables do.
 //
 // Set by the launcher: SFA_D, SFA_W (entries a key), SFA_R (always-on features), SFA_DV, SFA_PAGE, SFA_CODE and SFA_V
 // (0 bf16, 1 fp16, 2 fp32; V also 3 int8, 4 e4m3), SFA_CODED (k is a code).
@@ -127,34 +129,53 @@ __device__ __forceinline__ u32 rank(u32 (&key)[MINE], int lane) {
   return members;
 }
 
-__device__ __forceinline__ void store_key(const Params& p, i64 from, i64 row, int lane) {
-  if constexpr (CODED) {  // from counts rows
-    for (int e = lane; e < W; e += 32) {
-      put<CODE>(p.values, row * W + e, bits_at<CODE>(p.k, from * W + e));
-      put_index(p.indices, row * W + e, D <= 256 ? (int)((const u8*)p.k_indices)[from * W + e]
-                                                 : (int)((const u16*)p.k_indices)[from * W + e]);
-    }
-    for (int j = lane; j < R; j += 32) put<CODE>(p.dense, row * R + j, bits_at<CODE>(p.k_dense, from * R + j));
-    return;
-  }
-  u32 bits[MINE], key[MINE];
-#pragma unroll
-  for (int i = 0; i < MINE; ++i) {
-    int u = lane + 32 * i;
-    bits[i] = u < D ? bits_at<CODE>(p.k, from + u) : 0;
-    // One more than the magnitude, the same for every NaN; 0 is none.
-    key[i] = u < D ? min(__float_as_uint(as_number<CODE>(bits[i])) & 0x7fffffffu, 0x7f800001u) + 1 : 0;
-  }
-  for (int j = 0; j < R; ++j) {
-    int always_on = ((const int*)p.k_dense)[j];
+// A row of k and v on its way: the bits of a lane's features and columns.
+struct Row {
+  u32 k[MINE], v[MINE_V];
+};
+
+__device__ __forceinline__ void fetch(const Params& p, i64 batch, i64 token, i64 head, int lane, Row& row) {
+  const i64 k_at = batch * p.k_batch + token * p.k_token + head * p.k_head;
+  const i64 v_at = batch * p.v_batch + token * p.v_token + head * p.v_head;
+  if constexpr (!CODED)
 #pragma unroll
     for (int i = 0; i < MINE; ++i)
-      if (lane + 32 * i == always_on) {
-        key[i] = 0;
-        put<CODE>(p.dense, row * R + j, bits[i]);
-      }
+      row.k[i] = bits_at<CODE>(p.k, k_at + min(lane + 32 * i, D - 1));
+#pragma unroll
+  for (int i = 0; i < MINE_V; ++i)
+    row.v[i] = bits_at<CODE>(p.v, v_at + min(lane + 32 * i, DV - 1));
+}
+
+// Stores a code that was given, row `from` of counts rows.
+__device__ __forceinline__ void copy_key(const Params& p, i64 from, i64 row, int lane) {
+  for (int e = lane; e < W; e += 32) {
+    put<CODE>(p.values, row * W + e, bits_at<CODE>(p.k, from * W + e));
+    put_index(p.indices, row * W + e, D <= 256 ? (int)((const u8*)p.k_indices)[from * W + e]
+                                               : (int)((const u16*)p.k_indices)[from * W + e]);
   }
-  const u32 members = rank(key, lane);
+  for (int j = lane; j < R; j += 32) put<CODE>(p.dense, row * R + j, bits_at<CODE>(p.k_dense, from * R + j));
+}
+
+// What rank() keeps of a key, beside its always-on features.
+__device__ __forceinline__ u32 members_of(const Params& p, const u32 (&bits)[MINE], int lane) {
+  u32 key[MINE];
+#pragma unroll
+  for (int i = 0; i < MINE; ++i) {
+    // One more than the magnitude, the same for every NaN; 0 is none.
+    key[i] = lane + 32 * i < D ? min(__float_as_uint(as_number<CODE>(bits[i])) & 0x7fffffffu, 0x7f800001u) + 1 : 0;
+  }
+  for (int j = 0; j < R; ++j)
+#pragma unroll
+    for (int i = 0; i < MINE; ++i)
+      if (lane + 32 * i == ((const int*)p.k_dense)[j]) key[i] = 0;
+  return rank(key, lane);
+}
+
+__device__ __forceinline__ void store_key(const Params& p, const u32 (&bits)[MINE], u32 members, i64 row, int lane) {
+  for (int j = 0; j < R; ++j)
+#pragma unroll
+    for (int i = 0; i < MINE; ++i)
+      if (lane + 32 * i == ((const int*)p.k_dense)[j]) put<CODE>(p.dense, row * R + j, bits[i]);
   int before = 0;
 #pragma unroll
   for (int i = 0; i < MINE; ++i) {
@@ -169,14 +190,11 @@ __device__ __forceinline__ void store_key(const Params& p, i64 from, i64 row, in
 }
 
 // Stores a row of V and adds what is stored to sum.
-__device__ __forceinline__ void store_value(const Params& p, i64 from, i64 row, int lane, double (&sum)[MINE_V]) {
-  u32 bits[MINE_V], largest = 0;
+__device__ __forceinline__ void store_value(
+    const Params& p, const u32 (&bits)[MINE_V], i64 row, int lane, double (&sum)[MINE_V]) {
+  u32 largest = 0;  // beyond the last column its bits are repeated
 #pragma unroll
-  for (int i = 0; i < MINE_V; ++i) {
-    int c = lane + 32 * i;
-    bits[i] = c < DV ? bits_at<CODE>(p.v, from + c) : 0;
-    largest = max(largest, __float_as_uint(as_number<CODE>(bits[i])) & 0x7fffffffu);
-  }
+  for (int i = 0; i < MINE_V; ++i) largest = max(largest, __float_as_uint(as_number<CODE>(bits[i])) & 0x7fffffffu);
   float scale = 1.0f;
   if constexpr (EIGHT) {
     u16 scale_bits = to_bf16(__uint_as_float(warp_max_u32(largest)) / LARGEST);
@@ -205,50 +223,81 @@ __device__ __forceinline__ void store_value(const Params& p, i64 from, i64 row, 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sfa_append(const Params p) {
   __shared__ double part[WARPS][DV];
+  __shared__ int lengths[3];  // before and after, and whether the append fits
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, batch = blockIdx.y;
-  const int start = p.lengths[batch], wanted = p.counts == nullptr ? p.n : p.counts[batch];
-  const bool fits = start + wanted <= p.capacity[batch];
-  const int stop = fits ? start + wanted : start;
   const int unit = blockIdx.x * (WARPS / p.team) + warp / p.team, member = warp % p.team;
-  const int head = unit % p.hkv, block = start / BLOCK + unit / p.hkv;
+  const int head = unit % p.hkv;
+  int arrived = 0, before = 0, count = 0, room = 0;
+  if (threadIdx.x == 0) {
+    before = p.lengths[batch];
+    count = p.counts == nullptr ? p.n : p.counts[batch];
+    room = p.capacity[batch];
+  }
+  // The first block of an append begins with its first token, wherever that falls.
+  Row row;
+  const bool early = unit < p.hkv && member < p.n;
+  if (early) fetch(p, batch, member, head, lane, row);
+  if (threadIdx.x == 0) {
+    bool fits = before + count <= room;
+    lengths[0] = before;
+    lengths[1] = fits ? before + count : before;
+    lengths[2] = fits;
+  }
+  __syncthreads();
+  const int start = lengths[0], stop = lengths[1], block = start / BLOCK + unit / p.hkv;
+  // Counted here and looked at in the end, so that nothing waits for it.
+  if (threadIdx.x == 0) arrived = atomicAdd(p.done + batch, 1);
   const int first = max(start, block * BLOCK), last = min(stop, (block + 1) * BLOCK);
+  int page = 0, sum_row = 0;
+  if (first + member < last) {
+    page = p.pages[(i64)batch * p.pages_stride + (first + member) / PAGE];
+    sum_row = p.sum_rows[(i64)batch * p.sums_stride + block];
+  }
+  const i64 sum_at = ((i64)sum_row * p.hkv + head) * DV;
+  float stored[MINE_V];
+#pragma unroll
+  for (int i = 0; i < MINE_V; ++i) stored[i] = 0.0f;
 
   double sum[MINE_V];
 #pragma unroll
   for (int i = 0; i < MINE_V; ++i) sum[i] = 0.0;
 #pragma unroll 1
   for (int t = first + member; t < last; t += p.team) {
-    const int page = p.pages[(i64)batch * p.pages_stride + t / PAGE];
-    const i64 row = ((i64)page * p.hkv + head) * PAGE + t % PAGE;
-    i64 from = batch * p.k_batch + (t - start) * p.k_token + head * p.k_head;
-    store_key(p, from, row, lane);
-    from = batch * p.v_batch + (t - start) * p.v_token + head * p.v_head;
-    store_value(p, from, row, lane, sum);
+    if (!early || t != first + member) fetch(p, batch, t - start, head, lane, row);
+    if (t >= first + p.team) page = p.pages[(i64)batch * p.pages_stride + t / PAGE];
+    const u32 members = CODED ? 0 : members_of(p, row.k, lane);
+    // By now the tables are there. A block that begins here holds no sum yet.
+    if (t == first && first % BLOCK != 0)
+#pragma unroll
+      for (int i = 0; i < MINE_V; ++i) stored[i] = p.sums[sum_at + min(lane + 32 * i, DV - 1)];
+    const i64 to = ((i64)page * p.hkv + head) * PAGE + t % PAGE;
+    if constexpr (CODED) {
+      copy_key(p, batch * p.k_batch + (t - start) * p.k_token + head * p.k_head, to, lane);
+    } else {
+      store_key(p, row.k, members, to, lane);
+    }
+    store_value(p, row.v, to, lane, sum);
   }
   if (p.team > 1) {
 #pragma unroll
     for (int i = 0; i < MINE_V; ++i)
       if (lane + 32 * i < DV) part[warp][lane + 32 * i] = sum[i];
+    __syncthreads();
   }
-  __syncthreads();
   if (member == 0 && first < last) {
-    const i64 at = ((i64)p.sum_rows[(i64)batch * p.sums_stride + block] * p.hkv + head) * DV;
 #pragma unroll
     for (int i = 0; i < MINE_V; ++i) {
       int c = lane + 32 * i;
       if (c >= DV) continue;
+#pragma unroll 1
       for (int w = 1; w < p.team; ++w) sum[i] += part[warp + w][c];
-      // A block that begins here holds no sum yet.
-      p.sums[at + c] = (float)((first % BLOCK == 0 ? 0.0 : (double)p.sums[at + c]) + sum[i]);
+      p.sums[sum_at + c] = (float)((double)stored[i] + sum[i]);
     }
   }
-  // All threads have read the length; the last thread block of the sequence moves it on.
-  if (threadIdx.x == 0) {
-    __threadfence();
-    if (atomicAdd(p.done + batch, 1) == (int)gridDim.x - 1) {
-      p.done[batch] = 0;
-      p.lengths[batch] = stop;
-      if (!fits) *p.failed = 1;
-    }
+  // Every thread block of the sequence has read the length: the last one to do so moves it on.
+  if (threadIdx.x == 0 && arrived == (int)gridDim.x - 1) {
+    p.done[batch] = 0;
+    p.lengths[batch] = stop;
+    if (!lengths[2]) *p.failed = 1;
   }
 }

@@ -18,10 +18,11 @@ from . import nvrtc
 SOURCE = Path(__file__).with_name("decode.cu")
 MAX_QUERIES, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 1024, 512
 # Blocks of 128 tokens a thread block takes at least, and the most parts a sequence is cut into.
-SPAN, MAX_SPLITS, MOST_SPLITS = 4, 128, 512
+SPAN, MAX_SPLITS = 4, 512
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 _COMBINE_THREADS = 512
 _SHARED = 48 * 1024
+_CODE, _DENSE, _RANKED = 0, 1, 2  # what the kernel gets as q
 _POINTERS = (
     "q_values", "q_indices", "q_dense", "values", "indices", "dense", "v", "v_scale", "sums", "lengths", "pages",
     "sum_rows", "part_o", "part_ml", "out", "lse", "rows_read",
@@ -55,7 +56,7 @@ class Config:
     V: int
     ALL: int
     DROP: int
-    QDENSE: int
+    QUERY: int
     VEC: int
     UNROLL: int
     STAGED: int
@@ -63,12 +64,6 @@ class Config:
     REP: int
     WARPS: int
     CTAS: int
-    # Choices that have not run on a GPU yet; see docs/decode.md.
-    MMA: int = 0
-    QTOPK: int = 0
-    EVEN: int = 0
-    EARLY: int = 0
-    SCALES: int = 0
 
     def macros(self) -> list[tuple[str, str]]:
         return [(f"SFA_{name}", str(value)) for name, value in asdict(self).items()]
@@ -96,65 +91,50 @@ def unsupported(cache: SparseKVCache, sq: int, *, grad: bool) -> str | None:
     return None
 
 
-def configure(
-    cache: SparseKVCache,
-    rows: int,
-    *,
-    dense_query: bool = False,
-    query_topk: bool = False,
-    drop: bool = False,
-    **overrides: int,
-) -> Config:
+def configure(cache: SparseKVCache, rows: int, *, query: int = _RANKED, drop: bool = False, **overrides: int) -> Config:
     """The configuration for query rows a kv head (tokens times heads of the group)."""
     d, dv, size = cache.head_dim, cache.v_head_dim, cache.v_dtype.itemsize
-    dense = dense_query or bool(cache.dense_dims)
-    # A lane holds the accumulators of its columns for all rows: at most 64. The table has room for 2048 entries.
+    dense = query == _DENSE or bool(cache.dense_dims)
+    # A lane holds the accumulators of its columns for all rows, in fp32 two of each: at most 64. The table has room for
+    # 2048 entries.
+    twice = 2 if cache.dtype == torch.float32 else 1
     vec = next(n for n in (16, 8, 4, 2, 1) if dv * size % n == 0)
     most = max(1, min(8, 2048 // d))
     n_rows = min(_power_above(rows), 1 << (most.bit_length() - 1))
-    # With tensor cores a lane holds dv / 4 accumulators whatever the rows.
-    mma = bool(overrides.get("MMA"))
-    if mma and not (size <= 2 and cache.dtype.itemsize == 2 and dv * size in (128, 256, 512)):
-        raise NotImplementedError("MMA needs 16-bit codes, V of at most 16 bits and rows of 128, 256 or 512 bytes")
-    while not mma and vec > 4 and vec // size > 8 and n_rows > 4:
+    while vec > 4 and vec // size > 8 and n_rows > 2:
         vec //= 2
-    while not mma and n_rows > 1 and n_rows * _accumulators(dv, size, vec) > 64:
+    while n_rows > 1 and n_rows * twice * _accumulators(dv, size, vec) > 64:
         n_rows //= 2
-    registers = n_rows * _accumulators(dv, size, vec)
-    if mma:
-        ctas = 4 if dv <= 128 else 3
-    elif registers <= 8 or (n_rows == 2 and registers <= 16):
+    registers = n_rows * twice * _accumulators(dv, size, vec)
+    if registers <= 16 and n_rows <= 2 and d <= 256:
         ctas = 5 if cache.dense_dims else 6
     else:
         ctas = 4 if registers <= 32 else 3
-    unroll = 4 if mma and size == 2 else max(2, 8 // _pieces(dv, size, vec))
+    # Loads of V in flight: fewer where a warp loads several rows at once, since the last ones of a block go to waste.
+    unroll = 6 if dv * size < 32 * vec else max(2, 8 // _pieces(dv, size, vec))
     code, index = cache.width * cache.dtype.itemsize, cache.width * (1 if d <= 256 else 2)
     config = Config(
         D=d, W=cache.width, R=len(cache.dense_dims), DV=dv, PAGE=cache.page_size, ROWS=n_rows,
         CODE=_KINDS[cache.dtype], V=_KINDS[cache.v_dtype], ALL=int(dense), DROP=int(drop and not dense),
-        QDENSE=int(dense_query), VEC=vec, UNROLL=unroll, STAGED=int(vec >= 4),
+        QUERY=query, VEC=vec, UNROLL=unroll, STAGED=int(vec >= 4),
         AHEAD=int(code % 4 == 0 and index % 4 == 0 and code + index <= 32),
-        REP=8 if n_rows == 1 and d <= 128 else 1, WARPS=4, CTAS=ctas, MMA=int(mma), QTOPK=int(query_topk),
+        REP=8 if n_rows == 1 and d <= 128 else 1, WARPS=4, CTAS=ctas,
     )  # fmt: skip
-    if not mma and _shared_bytes(config, cache) > _SHARED:
+    if _shared_bytes(config) > _SHARED:
         config = replace(config, UNROLL=max(2, config.UNROLL - 2))
-    if _shared_bytes(config, cache) > _SHARED:
+    if _shared_bytes(config) > _SHARED:
         config = replace(config, AHEAD=0)
-    if mma and _shared_bytes(config, cache) > _SHARED:
-        config = replace(config, WARPS=2, CTAS=2 * ctas - 1)
-    while _shared_bytes(config, cache) > _SHARED and config.ROWS > 1:
+    while _shared_bytes(config) > _SHARED and config.ROWS > 1:
         config = replace(config, ROWS=config.ROWS // 2)
     return replace(config, **overrides)
 
 
-def _shared_bytes(config: Config, cache: SparseKVCache) -> int:
+def _shared_bytes(config: Config) -> int:
     """Shared memory of sfa_decode, a little rounded up."""
-    weights = (16 if config.ROWS <= 4 else 32) if config.MMA else 4 * config.ROWS
-    own = max(BLOCK * (4 + weights), config.ROWS * config.DV * 4)
-    size = cache.v_dtype.itemsize
-    pieces = config.DV * size // 128 if config.MMA else _pieces(config.DV, size, config.VEC)
-    staged = config.STAGED * config.UNROLL * pieces * 32 * config.VEC + config.MMA * 4 * config.DV
-    ahead = config.AHEAD * BLOCK * config.W * (cache.dtype.itemsize + (1 if config.D <= 256 else 2))
+    own = max(BLOCK * (4 + 4 * config.ROWS), config.ROWS * config.DV * 4)
+    v_size, code_size = (2, 2, 4, 1, 1)[config.V], (2, 2, 4)[config.CODE]
+    staged = config.STAGED * config.UNROLL * _pieces(config.DV, v_size, config.VEC) * 32 * config.VEC
+    ahead = config.AHEAD * BLOCK * config.W * (code_size + (1 if config.D <= 256 else 2))
     return config.WARPS * (own + staged + ahead + 64) + 4 * config.ROWS * (config.D * config.REP + config.R + 8)
 
 
@@ -202,16 +182,14 @@ def attend(
     if b == 0 or sq == 0:
         return out, lse, misplaced, rows_read
     group = hq // hkv
-    ranked = isinstance(q, Tensor) and topk is not None
-    entries = cache.head_dim if topk is None else min(topk, cache.head_dim - len(cache.dense_dims))
-    config = configure(
-        cache, sq * group, dense_query=isinstance(q, Tensor) and not ranked, query_topk=ranked, drop=drop, **overrides
-    )
+    most = cache.head_dim - len(cache.dense_dims)
+    query = _CODE if isinstance(q, SparseCode) else _DENSE if topk is None or topk >= most else _RANKED
+    config = configure(cache, sq * group, query=query, drop=drop, **overrides)
     lengths, pages, sums, longest = cache._tables(layer, ids)
     left, right = (min(w, 2**30) for w in window)
     chunks = -(-sq * group // config.ROWS)
     if max_splits is None:
-        max_splits = _splits(config, hkv * chunks, device) if config.EVEN else MAX_SPLITS
+        max_splits = _splits(config, hkv * chunks, device)
     blocks = -(-longest // BLOCK)
     if left >= 0:
         blocks = min(blocks, (left + sq) // BLOCK + 2)
@@ -219,13 +197,10 @@ def attend(
     part_o = torch.empty(b * sq * hq * splits * dv, dtype=torch.float32, device=device)
     part_ml = torch.empty(b * sq * hq * splits * 2, dtype=torch.float32, device=device)
     if isinstance(q, SparseCode):
-        parts, entries = [x.contiguous() for x in (q.values, q.indices, q.dense)], q.topk
-    elif ranked:
+        parts, topk = [x.contiguous() for x in (q.values, q.indices, q.dense)], q.topk
+    else:
         q = q.contiguous()
         parts = [q, q, _dims(cache.dense_dims, device) if cache.dense_dims else q]
-    else:
-        dims = _dims(cache.dense_dims, device) if cache.dense_dims else None
-        parts = [q.contiguous(), q, q if dims is None else q.index_select(-1, dims)]
     pool = cache._layers[layer]
     tensors = {
         "q_values": parts[0], "q_indices": parts[1], "q_dense": parts[2], "values": pool.values,
@@ -237,7 +212,7 @@ def attend(
     params = Params(
         **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
         scale=softmax_scale * 1.4426950408889634,
-        sq=sq, hq=hq, hkv=hkv, wq=entries, left=left, right=right,
+        sq=sq, hq=hq, hkv=hkv, wq=topk or 0, left=left, right=right,
         pages_stride=pages.shape[1], sums_stride=sums.shape[1], part_stride=splits, span=span, max_splits=max_splits,
     )  # fmt: skip
     kernels = load(config, device)
@@ -259,8 +234,10 @@ def _splits(config: Config, columns: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return MAX_SPLITS
-    room = torch.cuda.get_device_properties(device).multi_processor_count * config.CTAS
-    return max(1, min(room // columns, MOST_SPLITS))
+    gpu = torch.cuda.get_device_properties(device)
+    # The driver takes 1 KiB of shared memory for itself in each thread block.
+    fit = min(config.CTAS, gpu.shared_memory_per_multiprocessor // (_shared_bytes(config) + 1024))
+    return max(1, min(gpu.multi_processor_count * fit // columns, MAX_SPLITS))
 
 
 @functools.cache

@@ -13,11 +13,9 @@
 // would cancel against the rows. The choice looks at one block only, so results do not depend on the split.
 //
 // Set by the launcher: SFA_D, SFA_W (entries a key), SFA_R (always-on features), SFA_DV, SFA_PAGE, SFA_ROWS, SFA_CODE
-// and SFA_V (0 bf16, 1 fp16, 2 fp32; V also 3 int8, 4 e4m3), SFA_ALL (every pair overlaps), SFA_DROP, SFA_QDENSE,
-// SFA_VEC (bytes a lane loads of a V row), SFA_UNROLL (such loads in flight), SFA_STAGED, SFA_AHEAD, SFA_REP (copies of
-// the table), SFA_WARPS, SFA_CTAS. Not run on a GPU yet, 0 unless asked for: SFA_MMA (V rows on tensor cores), SFA_QTOPK
-// (q is given whole and ranked here), SFA_EVEN (spans of any length), SFA_EARLY (sfa_combine may start early), SFA_SCALES
-// (scales of 8-bit V come ahead).
+// and SFA_V (0 bf16, 1 fp16, 2 fp32; V also 3 int8, 4 e4m3), SFA_ALL (every pair overlaps), SFA_DROP, SFA_QUERY (0 a
+// code, 1 dense, 2 whole and ranked here), SFA_VEC (bytes a lane loads of a V row), SFA_UNROLL (such loads in flight),
+// SFA_STAGED, SFA_AHEAD, SFA_REP (copies of the table), SFA_WARPS, SFA_CTAS.
 
 #ifdef SFA_HOST
 #include SFA_HOST
@@ -62,7 +60,9 @@ __device__ __forceinline__ void load(const void* p, u32* out) {
   } else if constexpr (BYTES == 4) {
     asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(out[0]) : "l"(p));
   } else if constexpr (BYTES == 2) {
-    out[0] = __ldg((const u16*)p);
+    u16 part;  // volatile: the load stays where it is written, ahead of its use
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(part) : "l"(p));
+    out[0] = part;
   } else {
     out[0] = __ldg((const u8*)p);
   }
@@ -86,50 +86,15 @@ __device__ __forceinline__ void wait_groups() {
 }
 
 __device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
-__device__ __forceinline__ u32 warp_max_u32(u32 x) { return __reduce_max_sync(~0u, x); }
-
-// Adds (16 x 16) times (16 x 8), in the fragment layout of mma.m16n8k16.
-template <bool HALF>
-__device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  if constexpr (HALF) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
-}
-
-// Two bf16 numbers a word, multiplied and added.
-__device__ __forceinline__ u32 fma_bf16x2(u32 x, u32 y, u32 z) {
-  u32 out;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(z));
-  return out;
-}
-
-// A kernel launched to overlap waits here for the one before it.
-__device__ __forceinline__ void wait_for_kernel() {
-#if __CUDA_ARCH__ >= 900 && SFA_EARLY
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900 && SFA_EARLY
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ u32 warp_add_u32(u32 x) { return __reduce_add_sync(~0u, x); }
 #endif
 
 constexpr int D = SFA_D, W = SFA_W, R = SFA_R, DV = SFA_DV, PAGE = SFA_PAGE, ROWS = SFA_ROWS;
 constexpr int WARPS = SFA_WARPS, THREADS = 32 * WARPS, UNROLL = SFA_UNROLL, REP = SFA_REP;
-constexpr int BLOCK = 128, TPL = BLOCK / 32;
-constexpr bool ALL = SFA_ALL, DROP = SFA_DROP;
+constexpr int BLOCK = 128, TPL = BLOCK / 32, QUERY = SFA_QUERY;
+constexpr bool ALL = SFA_ALL, DROP = SFA_DROP, FINE = SFA_CODE == 2;
 constexpr int CB = SFA_CODE == 2 ? 4 : 2, IB = D <= 256 ? 1 : 2;
 constexpr int VB = SFA_V == 2 ? 4 : SFA_V >= 3 ? 1 : 2;
-// MMA: V rows meet the weights on tensor cores, 16 tokens at a time; see multiply_tile.
-constexpr bool MMA = SFA_MMA, HALF = SFA_V == 1;
 
 __host__ __device__ constexpr int pow2_divisor(int n) { return n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
 __host__ __device__ constexpr int pow2_above(int n) { return n <= 1 ? 1 : 2 * pow2_above((n + 1) / 2); }
@@ -138,7 +103,7 @@ __host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // A V row is CHUNKS pieces of VEC bytes; LPR lanes take one each (CH in turn), so a warp loads RPL rows at once.
 constexpr int VEC = SFA_VEC, EPV = VEC / VB, CHUNKS = DV * VB / VEC;
-constexpr int LPR = MMA ? 8 : min_of(32, pow2_above(CHUNKS)), RPL = 32 / LPR;
+constexpr int LPR = min_of(32, pow2_above(CHUNKS)), RPL = 32 / LPR;
 constexpr int CH = (CHUNKS + LPR - 1) / LPR, ACC = CH * EPV;
 static_assert(VEC % VB == 0 && DV * VB % VEC == 0, "VEC must divide a row of V");
 
@@ -149,24 +114,16 @@ constexpr int EC = 16 / CB;  // entries a 16-byte piece of values
 
 // V rows in flight stay in registers, or go through shared memory, a lane reading what it copied itself.
 constexpr bool STAGED = SFA_STAGED;
-static_assert(!MMA || (STAGED && VEC == 16 && VB <= 2 && CHUNKS % 8 == 0 && CH <= 4 && UNROLL % 4 == 0), "MMA needs this");
 constexpr int WORDS = (VEC + 3) / 4;
 // The next block's codes come to shared memory while V rows of this one are read.
 constexpr bool AHEAD = SFA_AHEAD;
-// So do the scales of 8-bit V.
-constexpr bool SCALES = SFA_SCALES && SFA_V >= 3;
 constexpr int AHEAD_BYTES = AHEAD ? BLOCK * W * (CB + IB) : 16;
 
 constexpr int TABLE_FLOATS = D * REP * ROWS;
-// With MMA a weight is the sum of two 16-bit numbers, which stand 4 or 8 columns apart. For fp16 it is scaled up, since
-// weights below 2^-24 would be lost.
-constexpr int LOW = ROWS <= 4 ? 4 : 8, COLUMNS = 2 * LOW, TILES = DV / 16;
-constexpr float UP = MMA && HALF ? 16384.0f : 1.0f;
-constexpr int WEIGHT_BYTES = MMA ? 2 * COLUMNS : 4 * ROWS;
-constexpr int QUEUE_BYTES = BLOCK * (4 + WEIGHT_BYTES), OWN_BYTES = (max_of(QUEUE_BYTES, ROWS * DV * 4) + 15) / 16 * 16;
+constexpr int QUEUE_BYTES = BLOCK * (4 + 4 * ROWS), OWN_BYTES = (max_of(QUEUE_BYTES, ROWS * DV * 4) + 15) / 16 * 16;
 
 struct Params {
-  const void *q_values, *q_indices, *q_dense;  // with SFA_QTOPK the first is q, and the last the numbers of its always-on features
+  const void *q_values, *q_indices, *q_dense;  // unless q is a code, q and the numbers of the always-on features
   const void *values, *indices, *dense, *v;
   const u16* v_scale;
   const float* sums;
@@ -189,8 +146,7 @@ __device__ __forceinline__ Range range_of(const Params& p, int length) {
   Range r;
   r.first = lo > 0 ? lo / BLOCK : 0;
   r.last = (length + BLOCK - 1) / BLOCK;
-  r.span = SFA_EVEN ? max(p.span, (r.last - r.first + p.max_splits - 1) / p.max_splits) : p.span;
-  while (r.span * p.max_splits < r.last - r.first) r.span *= 2;
+  r.span = max(p.span, (r.last - r.first + p.max_splits - 1) / p.max_splits);
   r.splits = (r.last - r.first + r.span - 1) / r.span;
   return r;
 }
@@ -220,9 +176,9 @@ __device__ __forceinline__ float e4m3(u32 x) {
 
 __device__ __forceinline__ float v_element(const u32* words, int e) {
   if constexpr (VB >= 2) return element<SFA_V>(words, e);
-  u32 byte = words[e / 4] >> (8 * (e % 4)) & 0xffu;
-  if constexpr (SFA_V == 3) return as_float(0x4b000000u | (byte ^ 0x80u)) - 8388736.0f;  // 2^23 + 128
-  return e4m3(byte);
+  if constexpr (SFA_V == 3)  // the byte plus 128 in the lowest bits of 2^23
+    return as_float(bytes_of(words[e / 4] ^ 0x80808080u, 0x4b000000u, 0x7650 | e % 4)) - 8388736.0f;
+  return e4m3(words[e / 4] >> (8 * (e % 4)) & 0xffu);
 }
 
 template <int BYTES, int ALIGN>
@@ -334,91 +290,64 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Two tokens' words of V -> pairs (token 0, token 1) of elements, 16 bits each: element i of the words.
-__device__ __forceinline__ u32 pair_elements(u32 x0, u32 x1, int i) {
-  if constexpr (VB == 2) return bytes_of(x0, x1, i == 0 ? 0x5410 : 0x7632);
-  u32 both = bytes_of(x0, x1, i < 2 ? 0x5140 : 0x7362);
-  if constexpr (SFA_V == 3) {
-    // 0x43xx is 128 + the low seven bits, and 128 or 256 by the sign.
-    u32 x = bytes_of(both, 0x43434343u, i % 2 ? 0x4342 : 0x4140);
-    return fma_bf16x2(x & 0xff80ff80u, 0xbf80bf80u, x & 0xff7fff7fu);
-  }
-  // e4m3 bits as a bf16 number 2^120 times too small; the cache stores no NaN in V.
-  u32 x = bytes_of(both, 0u, i % 2 ? 0x3424 : 0x1404);
-  return fma_bf16x2((x & 0x80008000u) | (x >> 4 & 0x07f007f0u), 0x7b807b80u, 0x80008000u);
-}
-
-__device__ __forceinline__ u16 to_weight(float x) { return HALF ? to_half(x) : to_bf16(x); }
-__device__ __forceinline__ float from_weight(u16 x) { return HALF ? from_half(x) : as_float((u32)x << 16); }
-
-// acc += V^T W of 16 tokens. Lane (g, c) = (lane / 4, lane % 4) holds tokens c, c + 4, c + 8 and c + 12 of the tile, of
-// each the columns (g + 8 k) EPV + e of V. The order of tokens and of columns is free in a product, so what a lane
-// copied from memory is its fragment: tile k EPV / 2 + i multiplies the elements 2 i and 2 i + 1 of piece k.
-template <int N, int E>
-__device__ __forceinline__ void multiply_tile(const u32 (&data)[4][CH][WORDS], const u16* weights, float (&acc)[N][E]) {
-  u32 w[COLUMNS / 8][2];
-#pragma unroll
-  for (int i = 0; i < COLUMNS / 8; ++i) {
-    Words<2> part = *(const Words<2>*)(weights + i * 32);
-    w[i][0] = part.x[0];
-    w[i][1] = part.x[1];
-  }
-  constexpr int PER = 4 / VB;  // elements a word
-#pragma unroll
-  for (int k = 0; k < CH; ++k)
-#pragma unroll
-    for (int i = 0; i < EPV / 2; ++i) {
-      u32 a[4];
-      int word = 2 * i / PER, e = 2 * i % PER;
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        a[j] = pair_elements(data[j / 2 * 2][k][word], data[j / 2 * 2 + 1][k][word], e + j % 2);
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; ++j)
-        if constexpr (E == 4) multiply_add<HALF>(acc[(k * (EPV / 2) + i) % N], a, w[j]);
-    }
-}
-
-// A row that does not see a token must not meet its V, which may not be finite: 0 times infinity. Such elements are
-// taken out, and what they spoil is set to NaN here.
-template <int N, int E>
-__device__ __forceinline__ void take_out(u32 (&data)[4][CH][WORDS], const u16* weights, int lane, float (&acc)[N][E]) {
-  constexpr u32 EXPONENT = HALF ? 0x7c00u : 0x7f80u;
-  u32 found[4], any = 0;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    found[j] = 0;
-#pragma unroll
-    for (int k = 0; k < CH; ++k)
-#pragma unroll
-      for (int i = 0; i < WORDS; ++i) {
-        u32 x = data[j][k][i], low = (x & EXPONENT) == EXPONENT, high = (x >> 16 & EXPONENT) == EXPONENT;
-        found[j] |= (low | high << 1) << (2 * (k * WORDS + i));
-        data[j][k][i] = x & ~((low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u));
-      }
-    any |= found[j];
-  }
-  if (__ballot_sync(~0u, any != 0) == 0) return;
-#pragma unroll 1
-  for (int r = 0; r < ROWS; ++r) {
-    u32 spoiled = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j)  // weights points at column lane / 4 of this lane's tokens
-      if (weights[(r - lane / 4) * 4 + j] & 0x7fffu) spoiled |= found[j];
-    spoiled |= __shfl_xor_sync(~0u, spoiled, 1);
-    spoiled |= __shfl_xor_sync(~0u, spoiled, 2);
-    if (lane % 4 != r / 2) continue;
-#pragma unroll
-    for (int t = 0; t < N; ++t)
-#pragma unroll
-      for (int e = 0; e < E; ++e)
-        if (e % 2 == r % 2 && (spoiled >> (2 * t + e / 2) & 1)) acc[t][e] = as_float(0x7fc00000u);
-  }
+// 2^x. The instruction is off by 2 units in the last place.
+__device__ __forceinline__ float power(float x) {
+  if constexpr (!FINE) return ex2(x);
+  float n = rintf(fminf(fmaxf(x, -127.0f), 128.0f)), f = x - n;
+  float y = 1.5353362e-4f;  // within 1 unit in the last place for |f| <= 1/2
+  y = fmaf(y, f, 1.3398875e-3f);
+  y = fmaf(y, f, 9.6184369e-3f);
+  y = fmaf(y, f, 5.5503324e-2f);
+  y = fmaf(y, f, 2.4022648e-1f);
+  y = fmaf(y, f, 6.9314718e-1f);
+  y = fmaf(y, f, 1.0f);
+  return x != x ? x : n < -126.5f ? 0.0f : y * as_float((u32)((int)n + 127) << 23);
 }
 
 #define NEG_INF as_float(0xff800000u)
 
 __device__ __forceinline__ float finite_max(float m) { return m == NEG_INF ? 0.0f : m; }
+
+constexpr int FEATURES = (D + 31) / 32, QUERIES = (ROWS + WARPS - 1) / WARPS;  // of a lane, lane + 32 i; of a warp
+
+// A table entry with any bit set says that the feature is kept: if its value is 0, it is the smallest number instead.
+__device__ __forceinline__ float mark(float entry, bool kept) {
+  return ALL ? entry : !kept ? 0.0f : entry == 0.0f ? as_float(1u) : entry;
+}
+
+// One more than the magnitude of a feature, as bits in the order of magnitudes; NaNs are alike and largest.
+__device__ __forceinline__ u32 magnitude(const void* p, i64 i) {
+  if constexpr (SFA_CODE == 2) return min(((const u32*)p)[i] & 0x7fffffffu, 0x7f800001u) + 1;
+  return min(((const u16*)p)[i] & 0x7fffu, SFA_CODE == 0 ? 0x7f81u : 0x7c01u) + 1;
+}
+
+// Of a row's magnitudes (0: none) the topk largest, the lowest numbers first: bit i stands for feature lane + 32 i.
+__device__ __forceinline__ u32 rank(const u32 (&key)[FEATURES], int topk, int lane) {
+  u32 least = 0, members = 0;  // the largest number that at least topk keys reach, a bit at a time
+#pragma unroll 1
+  for (u32 bit = SFA_CODE == 2 ? 1u << 30 : 1u << 14; bit; bit >>= 1) {
+    u32 count = 0;
+#pragma unroll
+    for (int i = 0; i < FEATURES; ++i) count += key[i] >= (least | bit);
+    count = warp_add_u32(count);
+    if ((int)count >= topk) least |= bit;
+    if ((int)count == topk) break;
+  }
+  u32 above = 0;
+#pragma unroll
+  for (int i = 0; i < FEATURES; ++i) {
+    above += key[i] > least;
+    members |= (key[i] > least ? 1u : 0u) << i;
+  }
+  int left = topk - (int)warp_add_u32(above);
+#pragma unroll
+  for (int i = 0; i < FEATURES; ++i) {
+    u32 equal = __ballot_sync(~0u, key[i] == least);
+    if (key[i] == least && __popc(equal & ((1u << lane) - 1)) < left) members |= 1u << i;
+    left -= __popc(equal);
+  }
+  return members;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const Params p) {
   alignas(16) __shared__ float table[TABLE_FLOATS];
@@ -429,174 +358,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
   __shared__ float merged[WARPS][ROWS][2];
   __shared__ int bounds[2][ROWS];
   __shared__ int bad[ROWS];
-  alignas(16) __shared__ float sum_ahead[WARPS][MMA ? DV : 4];
 
-  let_next_kernel_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, batch = blockIdx.y, split = blockIdx.z;
   const int group = p.hq / p.hkv, total_rows = group * p.sq, chunks = (total_rows + ROWS - 1) / ROWS;
   const int head = blockIdx.x / chunks, row0 = (blockIdx.x % chunks) * ROWS;
+  auto q_row = [&](int r) {
+    return ((i64)batch * p.sq + (row0 + r) / group) * p.hq + head * group + (row0 + r) % group;
+  };
   const int length = p.lengths[batch];
+  float x[QUERIES][FEATURES];
+  u32 key[QUERIES][FEATURES];
+  if constexpr (QUERY != 0) {  // a warp has row warp, warp + WARPS, ...; loaded while the length is on its way
+#pragma unroll
+    for (int j = 0; j < QUERIES; ++j) {
+      const int r = warp + j * WARPS;
+      const bool real = r < ROWS && row0 + r < total_rows;
+      const i64 from = q_row(real ? r : 0) * D;
+#pragma unroll
+      for (int i = 0; i < FEATURES; ++i) {
+        int u = lane + 32 * i;
+        i64 at = from + min(u, D - 1);
+        x[j][i] = real ? scalar<SFA_CODE>(p.q_values, at) : 0.0f;
+        key[j][i] = u < D ? magnitude(p.q_values, at) : 0;
+      }
+    }
+  }
   const Range range = range_of(p, length);
   if (split >= range.splits) return;
-
-  // The query rows: what they see, and the table of their features.
-  if (threadIdx.x < ROWS) {
-    int r = threadIdx.x, lo = 0, hi = 0;
-    if (row0 + r < total_rows) {
-      int position = length - p.sq + (row0 + r) / group;
-      lo = p.left < 0 ? 0 : max(0, position - p.left);
-      hi = p.right < 0 ? length : min(length, position + p.right + 1);
-    }
-    bounds[0][r] = lo;
-    bounds[1][r] = max(lo, hi);
-    bad[r] = 0;
-  }
-  __syncthreads();
-#if SFA_QTOPK
-  // A warp ranks the features of a row: by magnitude, NaN first, then by number.
-  constexpr int MINE = (D + 31) / 32;
-#pragma unroll 1
-  for (int r = warp; r < ROWS; r += WARPS) {
-    const bool real = row0 + r < total_rows;
-    const i64 q_row = ((i64)batch * p.sq + (row0 + r) / group) * p.hq + head * group + (row0 + r) % group;
-    float x[MINE];
-    u32 key[MINE], members = 0;
-#pragma unroll
-    for (int i = 0; i < MINE; ++i) {
-      int u = lane + 32 * i;
-      x[i] = real && u < D ? scalar<SFA_CODE>(p.q_values, q_row * D + u) : 0.0f;
-      key[i] = u < D ? min(__float_as_uint(x[i]) & 0x7fffffffu, 0x7f800001u) + 1 : 0;
-    }
-    for (int j = 0; j < R; ++j) {
-      int always_on = ((const int*)p.q_dense)[j];
-#pragma unroll
-      for (int i = 0; i < MINE; ++i)
-        if (lane + 32 * i == always_on) {
-          key[i] = 0;
-          if (x[i] - x[i] != 0.0f) bad[r] = 1;
-          always[j * ROWS + r] = x[i] * p.scale;
-        }
-    }
-#pragma unroll 1
-    for (int e = 0; e < p.wq; ++e) {
-      u32 best = 0, at = 0;
-#pragma unroll
-      for (int i = 0; i < MINE; ++i) best = max(best, key[i]);
-      best = warp_max_u32(best);
-#pragma unroll
-      for (int i = MINE - 1; i >= 0; --i)
-        if (key[i] == best) at = ~(u32)(lane + 32 * i);
-      at = ~warp_max_u32(at);
-#pragma unroll
-      for (int i = 0; i < MINE; ++i)
-        if (lane + 32 * i == at) {
-          members |= 1u << i;
-          key[i] = 0;
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < MINE; ++i) {
-      int u = lane + 32 * i;
-      if (u >= D) continue;
-      bool member = members >> i & 1;
-      if (member && x[i] - x[i] != 0.0f) bad[r] = 1;
-      float entry = member ? x[i] * p.scale : 0.0f;
-      // The lowest bit says that the feature is kept.
-      if (!ALL) entry = as_float((__float_as_uint(entry) & ~1u) | (member && real ? 1u : 0u));
-#pragma unroll 4
-      for (int j = 0; j < REP; ++j) table[((r / RV * D + u) * REP + (j + lane) % REP) * RV + r % RV] = entry;
-    }
-  }
-  if (!ALL && !DROP && ROWS > 1) {  // by any row, in row 0
-    __syncthreads();
-    for (int u = threadIdx.x; u < D; u += THREADS) {
-      u32 kept = 0;
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) kept |= __float_as_uint(table[(r / RV * D + u) * REP * RV + r % RV]) & 1u;
-      for (int j = 0; j < REP; ++j) {
-        float* entry = table + (u * REP + j) * RV;
-        *entry = as_float(__float_as_uint(*entry) | kept);
-      }
-    }
-  }
-#else
-  for (int u = threadIdx.x; u < D + R; u += THREADS) {
-    float x[ROWS];
-    bool member = false;
-    u32 members = 0;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      x[r] = 0.0f;
-      if (row0 + r >= total_rows) continue;
-      int token = (row0 + r) / group, h = head * group + (row0 + r) % group;
-      i64 q_row = ((i64)batch * p.sq + token) * p.hq + h;
-      if (u >= D) {
-        x[r] = scalar<SFA_CODE>(p.q_dense, q_row * R + (u - D));
-      } else if (SFA_QDENSE) {
-        x[r] = scalar<SFA_CODE>(p.q_values, q_row * D + u);
-      } else {
-        for (int e = 0; e < p.wq; ++e) {
-          i64 at = q_row * p.wq + e;
-          int index = IB == 1 ? (int)((const u8*)p.q_indices)[at] : (int)((const u16*)p.q_indices)[at];
-          if (index == u) {
-            x[r] += scalar<SFA_CODE>(p.q_values, at);
-            members |= 1u << r;
-            member = true;
-          }
-        }
-      }
-      if (x[r] - x[r] != 0.0f) bad[r] = 1;
-      x[r] *= p.scale;
-    }
-    if (u >= D) {
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) always[(u - D) * ROWS + r] = x[r];
-      continue;
-    }
-    // The lowest bit of an entry says that the feature is kept: by any row in row 0, in drop mode by each row.
-    if (!ALL) {
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        bool kept = DROP ? members >> r & 1 : member && r == 0;
-        if (DROP || r == 0) x[r] = as_float((__float_as_uint(x[r]) & ~1u) | (kept ? 1u : 0u));
-      }
-    }
-#pragma unroll
-    for (int g = 0; g < RG; ++g) {
-      Floats<RV> entry;
-#pragma unroll
-      for (int r = 0; r < RV; ++r) entry.x[r] = x[g * RV + r];
-#pragma unroll 4
-      for (int i = 0; i < REP; ++i)
-        *(Floats<RV>*)(table + ((g * D + u) * REP + (i + lane) % REP) * RV) = entry;
-    }
-  }
-#endif
-  __syncthreads();
-
-  const float* my_table = table + lane % REP * RV;
-  u32* queue_row = (u32*)own[warp];
-  float* queue_weight = (float*)own[warp] + BLOCK;
-  u16* queue_parts = (u16*)queue_weight;  // with MMA: [tile of 16][token % 4][column][token / 4 % 4]
-  if constexpr (MMA) {
-#pragma unroll
-    for (int i = 0; i < BLOCK * COLUMNS / 2; i += 32) ((u32*)queue_parts)[i + lane] = 0;
-  }
+  const int end = min(range.last, range.first + (split + 1) * range.span);
+  const int first = range.first + split * range.span + warp;
   const int* pages = p.pages + (i64)batch * p.pages_stride;
   const int* sum_rows = p.sum_rows + (i64)batch * p.sums_stride;
-  const int sub = MMA ? lane % 4 : lane / LPR, column = MMA ? lane / 4 : lane % LPR;
-
-  // Lane r keeps the maximum, the weight and mu of row r.
-  constexpr int ACC_ROWS = MMA ? TILES : ROWS, ACC_EACH = MMA ? 4 : ACC;
-  float my_m = NEG_INF, my_z = 0.0f, my_mu = 0.0f, acc[ACC_ROWS][ACC_EACH];
-#pragma unroll
-  for (int r = 0; r < ACC_ROWS; ++r)
-#pragma unroll
-    for (int e = 0; e < ACC_EACH; ++e) acc[r][e] = 0.0f;
-  int rows_read = 0;
-  const int end = min(range.last, range.first + (split + 1) * range.span);
-
-  const int first = range.first + split * range.span + warp;
   // The V rows of a lane's tokens, which are the rows of their codes. Lanes beyond the end repeat the last token.
   auto locate = [&](int block, u32 (&row)[TPL]) {
     int start = block * BLOCK;
@@ -622,21 +414,122 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     }
     close_group();
   };
-  u32 row[TPL], v_scale[TPL];
-  auto fetch_scales = [&](const u32 (&row)[TPL]) {
-    if constexpr (SCALES) {
-#pragma unroll
-      for (int i = 0; i < TPL; ++i) load<2>(p.v_scale + row[i], &v_scale[i]);
-    }
-  };
+  u32 row[TPL];
   if constexpr (AHEAD) {
     if (first < end) {
       locate(first, row);
       fetch_codes(row);
-      fetch_scales(row);
     }
   }
-  const u32 real = MMA ? (1u << min(ROWS, total_rows - row0)) - 1 : 0;
+
+  // The query rows: what they see, and the table of their features.
+  if (threadIdx.x < ROWS) {
+    int r = threadIdx.x, lo = 0, hi = 0;
+    if (row0 + r < total_rows) {
+      int position = length - p.sq + (row0 + r) / group;
+      lo = p.left < 0 ? 0 : max(0, position - p.left);
+      hi = p.right < 0 ? length : min(length, position + p.right + 1);
+    }
+    bounds[0][r] = lo;
+    bounds[1][r] = max(lo, hi);
+    bad[r] = 0;
+  }
+  __syncthreads();
+  if constexpr (QUERY != 0) {
+    const int* always_on = (const int*)p.q_dense;
+#pragma unroll
+    for (int j = 0; j < QUERIES; ++j) {
+      const int r = warp + j * WARPS;
+      if (r >= ROWS) break;
+      for (int e = 0; e < R; ++e)
+#pragma unroll
+        for (int i = 0; i < FEATURES; ++i)
+          if (lane + 32 * i == always_on[e]) {
+            key[j][i] = 0;
+            if (x[j][i] - x[j][i] != 0.0f) bad[r] = 1;
+            always[e * ROWS + r] = x[j][i] * p.scale;
+          }
+      const u32 members = QUERY == 2 ? rank(key[j], p.wq, lane) : ~0u;
+#pragma unroll
+      for (int i = 0; i < FEATURES; ++i) {
+        int u = lane + 32 * i;
+        if (u >= D) continue;
+        bool member = members >> i & 1;
+        if (member && x[j][i] - x[j][i] != 0.0f) bad[r] = 1;
+        float entry = mark(member ? x[j][i] * p.scale : 0.0f, member && row0 + r < total_rows);
+#pragma unroll 4
+        for (int c = 0; c < REP; ++c) table[((r / RV * D + u) * REP + (c + lane) % REP) * RV + r % RV] = entry;
+      }
+    }
+    if (!ALL && !DROP && ROWS > 1) {  // kept by any row: in row 0
+      __syncthreads();
+      for (int u = threadIdx.x; u < D; u += THREADS) {
+        bool kept = false;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) kept |= __float_as_uint(table[(r / RV * D + u) * REP * RV + r % RV]) != 0;
+        for (int c = 0; c < REP; ++c) {
+          float* entry = table + (u * REP + c) * RV;
+          *entry = mark(*entry, kept);
+        }
+      }
+    }
+  } else {
+    for (int u = threadIdx.x; u < D + R; u += THREADS) {
+      float x[ROWS];
+      u32 members = 0;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        x[r] = 0.0f;
+        if (row0 + r >= total_rows) continue;
+        if (u >= D) {
+          x[r] = scalar<SFA_CODE>(p.q_dense, q_row(r) * R + (u - D));
+        } else {
+          for (int e = 0; e < p.wq; ++e) {
+            i64 at = q_row(r) * p.wq + e;
+            int index = IB == 1 ? (int)((const u8*)p.q_indices)[at] : (int)((const u16*)p.q_indices)[at];
+            if (index == u) {
+              x[r] += scalar<SFA_CODE>(p.q_values, at);
+              members |= 1u << r;
+            }
+          }
+        }
+        if (x[r] - x[r] != 0.0f) bad[r] = 1;
+        x[r] *= p.scale;
+      }
+      if (u >= D) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) always[(u - D) * ROWS + r] = x[r];
+        continue;
+      }
+#pragma unroll
+      for (int g = 0; g < RG; ++g) {
+        Floats<RV> entry;
+#pragma unroll
+        for (int r = 0; r < RV; ++r) {
+          bool by_any = !DROP && g + r == 0 && members != 0;  // in row 0
+          entry.x[r] = mark(x[g * RV + r], by_any || (members >> (g * RV + r) & 1));
+        }
+#pragma unroll 4
+        for (int i = 0; i < REP; ++i)
+          *(Floats<RV>*)(table + ((g * D + u) * REP + (i + lane) % REP) * RV) = entry;
+      }
+    }
+  }
+  __syncthreads();
+
+  const float* my_table = table + lane % REP * RV;
+  u32* queue_row = (u32*)own[warp];
+  float* queue_weight = (float*)own[warp] + BLOCK;
+  const int sub = lane / LPR, column = lane % LPR;
+
+  // Lane r keeps the maximum, the weight and mu of row r.
+  float my_m = NEG_INF, my_z = 0.0f, my_mu = 0.0f, acc[ROWS][ACC];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int e = 0; e < ACC; ++e) acc[r][e] = 0.0f;
+  int rows_read = 0;
+  const u32 real = (1u << min(ROWS, total_rows - row0)) - 1;
 
 #pragma unroll 1
   for (int block = first; block < end; block += WARPS) {
@@ -651,14 +544,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       edge |= !all && !none;
     }
     const int sum_row = ALL || DROP ? 0 : sum_rows[block];
-    u32 next[TPL];
+    // Some row may not see all of what is read.
+    const bool mixed = DROP || (whole & real) != real;
+    u32 next[TPL], v_scale[TPL];
     if constexpr (AHEAD) {
       locate(min(block + WARPS, end - 1), next);
     } else {
       locate(block, row);
-      fetch_scales(row);
     }
-    const bool mixed = DROP || (whole & real) != real;
+    if constexpr (SFA_V >= 3) {
+#pragma unroll
+      for (int i = 0; i < TPL; ++i) load<2>(p.v_scale + row[i], &v_scale[i]);
+    }
 
     u32 visible[TPL], flag[TPL][FLAGS];
     float s[TPL][ROWS];
@@ -710,10 +607,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       for (int r = 0; r < ROWS; ++r) {
         s[i][r] += s[i][r] - s[i][r];  // infinities become NaN
         bool is = token >= bounds[0][r] && token < bounds[1][r];
-        if (DROP) is = is && (flag[i][r] & 1);
+        if (DROP) is = is && flag[i][r] != 0;
         visible[i] |= is ? 1u << r : 0u;
       }
-      read[i] = visible[i] != 0 && (ALL || DROP || edge || (flag[i][0] & 1));
+      read[i] = visible[i] != 0 && (ALL || DROP || edge || flag[i][0] != 0);
       if (!ALL && !DROP) unread += __popc(__ballot_sync(~0u, visible[i] != 0 && !read[i]));
     }
     bool use_sum = unread > 0, cancels = false;
@@ -725,29 +622,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
         if (visible[i] >> r & 1) top = fmaxf(top, s[i][r]);
       top = fmaxf(warp_max(top), before);
       if (top > before) {
-        float factor = ex2(before - top);
-        if constexpr (MMA) {
-          // The lane's accumulators belong to rows 2 c and 2 c + 1.
-          if (sub % (LOW / 2) == r / 2)
+        float factor = power(before - top);
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-              acc[t][r % 2] *= factor;
-              acc[t][2 + r % 2] *= factor;
-            }
-        } else {
-#pragma unroll
-          for (int e = 0; e < ACC; ++e) acc[r % ACC_ROWS][e % ACC_EACH] *= factor;
-        }
+        for (int e = 0; e < ACC; ++e) acc[r][e] *= factor;
         if (lane == r) my_z *= factor;
       }
       float base = finite_max(top);
 #pragma unroll
       for (int i = 0; i < TPL; ++i) {
-        s[i][r] = visible[i] >> r & 1 ? ex2(s[i][r] - base) : 0.0f;  // the weight from here on
+        s[i][r] = visible[i] >> r & 1 ? power(s[i][r] - base) : 0.0f;  // the weight from here on
         weight += s[i][r];
       }
       weight = warp_sum(weight);
-      float mu = use_sum && (whole >> r & 1) ? ex2(-base) : 0.0f;
+      float mu = use_sum && (whole >> r & 1) ? power(-base) : 0.0f;
       cancels |= mu * (float)(stop - start) > 4.0f * weight;
       if (lane == r) {
         my_m = top;
@@ -778,23 +665,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       u32 mask = __ballot_sync(~0u, read[i] != 0);
       if (read[i]) {
         int at = count + __popc(mask & ((1u << lane) - 1));
-        float scale = UP;  // 1 but for MMA
-        if constexpr (SFA_V >= 3) {
-          scale = as_float((SCALES ? v_scale[i] : (u32)p.v_scale[row[i]]) << 16);  // bf16
-        }
+        float scale = 1.0f;
+        if constexpr (SFA_V >= 3) scale = as_float(v_scale[i] << 16);  // bf16
         queue_row[at] = row[i];
+        // The scale of a row that is not finite is not either, and must not reach who does not see it.
+        Floats<RV> weight;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          // The scale of a row that is not finite is not either, and must not reach who does not see it.
-          if constexpr (MMA) {
-            float weight = s[i][r] == 0.0f ? 0.0f : s[i][r] * scale;
-            u16* to = queue_parts + ((at / 16 * 4 + at % 4) * COLUMNS + r) * 4 + at / 4 % 4;
-            u16 high = to_weight(weight);
-            to[0] = high;
-            to[LOW * 4] = to_weight(weight - from_weight(high));
-          } else {
-            queue_weight[at * ROWS + r] = s[i][r] == 0.0f ? 0.0f : s[i][r] * scale;
-          }
+          weight.x[r % RV] = s[i][r] == 0.0f ? 0.0f : s[i][r] * scale;
+          if (r % RV == RV - 1) *(Floats<RV>*)(queue_weight + at * ROWS + r / RV * RV) = weight;
         }
       }
       count += __popc(mask);
@@ -804,19 +683,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     if constexpr (AHEAD) {
 #pragma unroll
       for (int i = 0; i < TPL; ++i) row[i] = next[i];
-      if (block + WARPS < end) {
-        fetch_codes(row);
-        fetch_scales(row);
-      }
+      if (block + WARPS < end) fetch_codes(row);
     }
 
     float sum[ACC];
-    if (MMA && use_sum) {
-      const float* sums = p.sums + ((i64)sum_row * p.hkv + head) * DV;
-      for (int i = lane * 4; i < DV; i += 128) copy_async<16>(sum_ahead[warp] + i, sums + i);
-      close_group();
-    }
-    if (!MMA && use_sum && sub == 0) {
+    if (use_sum && sub == 0) {
       const float* sums = p.sums + ((i64)sum_row * p.hkv + head) * DV;
 #pragma unroll
       for (int k = 0; k < CH; ++k) {
@@ -832,16 +703,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       }
     }
 
-    // What one row of the queue adds.
+    // What one row of the queue adds. In fp32 long chains of additions show: a few rows are added up first.
+    float few[FINE ? ROWS : 1][FINE ? ACC : 1] = {};
+    auto& to = [&]() -> auto& {
+      if constexpr (FINE) {
+        return few;
+      } else {
+        return acc;
+      }
+    }();
+    auto add_few = [&] {
+      if constexpr (FINE)
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+          for (int e = 0; e < ACC; ++e) {
+            acc[r][e] += few[r][e];
+            few[r][e] = 0.0f;
+          }
+    };
     auto add = [&](int j, const u32 (&data)[CH][WORDS]) {
+      float weight[ROWS], value[ACC];
+#pragma unroll
+      for (int r = 0; r < ROWS; r += RV) {
+        Floats<RV> part = *(const Floats<RV>*)(queue_weight + j * ROWS + r);
+#pragma unroll
+        for (int i = 0; i < RV; ++i) weight[r + i] = part.x[i];
+      }
+#pragma unroll
+      for (int e = 0; e < ACC; ++e) value[e] = v_element(data[e / EPV], e % EPV);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        float weight = queue_weight[j * ROWS + r];
         // A row that does not see the token must not meet its V, which may not be finite.
-        if (ROWS == 1 || weight != 0.0f) {
+        if (ROWS == 1 || !mixed || weight[r] != 0.0f) {
 #pragma unroll
-          for (int e = 0; e < ACC; ++e)
-            acc[r % ACC_ROWS][e % ACC_EACH] = fmaf(weight, v_element(data[e / EPV], e % EPV), acc[r % ACC_ROWS][e % ACC_EACH]);
+          for (int e = 0; e < ACC; ++e) to[r][e] = fmaf(weight[r], value[e], to[r][e]);
         }
       }
     };
@@ -858,33 +754,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       };
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) fetch(u * RPL + sub, u);
-      if constexpr (MMA) {
-#pragma unroll 1
-        for (int base = 0; base < count; base += 4 * UNROLL) {
-#pragma unroll
-          for (int tile = 0; tile < UNROLL / 4; ++tile) {
-            u32 data[4][CH][WORDS];
-            const int from = base + 16 * tile;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              int j = from + 4 * i + sub, u = 4 * tile + i;
-              wait_groups<UNROLL - 1>();
-#pragma unroll
-              for (int k = 0; k < CH; ++k) {
-                Words<WORDS> piece = *(const Words<WORDS>*)staged[warp][u % UNROLL][k][lane];
-#pragma unroll
-                for (int word = 0; word < WORDS; ++word) data[i][k][word] = j < count ? piece.x[word] : 0;
-              }
-              fetch(j + 4 * UNROLL, u);
-            }
-            const u16* weights = queue_parts + ((from / 16 * 4 + sub) * COLUMNS + column) * 4;
-            if (from < count) {
-              if (VB == 2 && mixed) take_out(data, weights, lane, acc);
-              multiply_tile(data, weights, acc);
-            }
-          }
-        }
-      } else {
 #pragma unroll 1
       for (int base = 0; base < count; base += RPL * UNROLL) {
 #pragma unroll
@@ -899,7 +768,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
           fetch(j + RPL * UNROLL, u);
           if (j < count) add(j, data);
         }
-      }
+        add_few();
       }
     } else {
 #pragma unroll 1
@@ -915,32 +784,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
           if (base + u * RPL + sub < count) add(base + u * RPL + sub, data[u]);
+        add_few();
       }
     }
-    if (MMA && use_sum) {
-      float mu[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        mu[i] = __shfl_sync(~0u, my_mu, 2 * sub + i);
-        if (2 * sub + i >= ROWS) mu[i] = 0.0f;  // the columns of the lower parts
-      }
-      wait_groups<0>();
-      __syncwarp();
-#pragma unroll
-      for (int t = 0; t < ACC_ROWS; ++t)
-#pragma unroll
-        for (int e = 0; e < ACC_EACH; ++e) {
-          float x = sum_ahead[warp][(column + t / (EPV / 2) * 8) * EPV + t % (EPV / 2) * 2 + e / 2];
-          if (mu[e % 2] != 0.0f) acc[t][e] = fmaf(UP * mu[e % 2], x, acc[t][e]);
-        }
-    } else if (use_sum) {
+    if (use_sum) {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         float mu = __shfl_sync(~0u, my_mu, r);
         if (sub == 0 && (ROWS == 1 || mu != 0.0f)) {
 #pragma unroll
           for (int e = 0; e < ACC; ++e)
-            acc[r % ACC_ROWS][e % ACC_EACH] = fmaf(mu, sum[e], acc[r % ACC_ROWS][e % ACC_EACH]);
+            acc[r][e] = fmaf(mu, sum[e], acc[r][e]);
         }
       }
     }
@@ -948,36 +802,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
 
   // Merge the lanes that hold the same columns, then the warps.
 #pragma unroll
-  for (int r = 0; r < ACC_ROWS; ++r) {
+  for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-    for (int e = 0; e < ACC_EACH; ++e) {
-      if constexpr (MMA) {
-        if constexpr (LOW == 4) acc[r][e] += __shfl_xor_sync(~0u, acc[r][e], 2);
-      } else {
+    for (int e = 0; e < ACC; ++e)
 #pragma unroll
-        for (int offset = LPR; offset < 32; offset *= 2) acc[r][e] += __shfl_xor_sync(~0u, acc[r][e], offset);
-      }
-    }
-  }
+      for (int offset = LPR; offset < 32; offset *= 2) acc[r][e] += __shfl_xor_sync(~0u, acc[r][e], offset);
   __syncwarp();
   float* own_o = (float*)own[warp];
-  if constexpr (MMA) {
-#pragma unroll
-    for (int t = 0; t < ACC_ROWS; ++t)
-#pragma unroll
-      for (int e = 0; e < ACC_EACH; ++e) {
-        int r = 2 * sub + e % 2, c = (column + t / (EPV / 2) * 8) * EPV + t % (EPV / 2) * 2 + e / 2;
-        if (r < ROWS) own_o[r * DV + c] = acc[t][e] / UP;
-      }
-  } else if (sub == 0) {
+  if (sub == 0) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
       for (int k = 0; k < CH; ++k)
         if (column + k * LPR < CHUNKS)
 #pragma unroll
-          for (int e = 0; e < EPV; ++e)
-            own_o[r * DV + (column + k * LPR) * EPV + e] = acc[r % ACC_ROWS][(k * EPV + e) % ACC_EACH];
+          for (int e = 0; e < EPV; ++e) own_o[r * DV + (column + k * LPR) * EPV + e] = acc[r][k * EPV + e];
   }
   if (lane < ROWS) {
     merged[warp][lane][0] = my_m;
@@ -997,7 +836,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     float o = 0.0f, total = 0.0f, base = finite_max(top);
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
-      float factor = ex2(merged[w][r][0] - base);
+      float factor = power(merged[w][r][0] - base);
       o = fmaf(factor, ((const float*)own[w])[t], o);
       total = fmaf(factor, merged[w][r][1], total);
     }
@@ -1013,6 +852,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
 }
 
 constexpr int COMBINE_WARPS = 16, CV = DV % 4 == 0 ? 4 : 1, CC = (DV / CV + 31) / 32;
+constexpr int DEPTH = max_of(1, 8 / CC), AT_ONCE = COMBINE_WARPS * DEPTH;  // partials a warp and all warps load at once
 
 extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS) sfa_combine(const Params p) {
   __shared__ float rows[COMBINE_WARPS][DV];
@@ -1020,33 +860,42 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS) sfa_combine(con
   const int batch = blockIdx.y, token = blockIdx.x / p.hq, h = blockIdx.x % p.hq;
   const i64 q_row = ((i64)batch * p.sq + token) * p.hq + h;
   const int splits = range_of(p, p.lengths[batch]).splits;
-  wait_for_kernel();
   const float* ml = p.part_ml + 2 * q_row * p.part_stride;
   const float* part_o = p.part_o + q_row * p.part_stride * DV;
 
+  Floats<CV> part[DEPTH][CC];
+  auto fetch = [&](int first) {
+#pragma unroll
+    for (int j = 0; j < DEPTH; ++j)
+#pragma unroll
+      for (int k = 0; k < CC; ++k) {
+        int i = first + j * COMBINE_WARPS, c = (lane + k * 32) * CV;
+        part[j][k] = {};
+        if (i < splits && c < DV) part[j][k] = *(const Floats<CV>*)(part_o + (i64)i * DV + c);
+      }
+  };
+  fetch(warp);
   float top = NEG_INF;
   for (int i = lane; i < splits; i += 32) top = fmaxf(top, ml[2 * i]);
   top = warp_max(top);
   const float base = finite_max(top);
   float total = 0.0f;
-  for (int i = lane; i < splits; i += 32) total = fmaf(ex2(ml[2 * i] - base), ml[2 * i + 1], total);
+  for (int i = lane; i < splits; i += 32) total = fmaf(power(ml[2 * i] - base), ml[2 * i + 1], total);
   total = warp_sum(total);
 
   float acc[CC * CV];
 #pragma unroll
   for (int e = 0; e < CC * CV; ++e) acc[e] = 0.0f;
-#pragma unroll 8
-  for (int i = warp; i < splits; i += COMBINE_WARPS) {
-    float factor = ex2(ml[2 * i] - base);
+#pragma unroll 1
+  for (int first = warp; first < splits; first += AT_ONCE) {
 #pragma unroll
-    for (int k = 0; k < CC; ++k) {
-      int c = (lane + k * 32) * CV;
-      if (c < DV) {
-        Floats<CV> part = *(const Floats<CV>*)(part_o + (i64)i * DV + c);
+    for (int j = 0; j < DEPTH; ++j) {
+      int i = first + j * COMBINE_WARPS;
+      float factor = i < splits ? power(ml[2 * i] - base) : 0.0f;
 #pragma unroll
-        for (int j = 0; j < CV; ++j) acc[k * CV + j] = fmaf(factor, part.x[j], acc[k * CV + j]);
-      }
+      for (int e = 0; e < CC * CV; ++e) acc[e] = fmaf(factor, part[j][e / CV].x[e % CV], acc[e]);
     }
+    fetch(first + AT_ONCE);
   }
 #pragma unroll
   for (int k = 0; k < CC; ++k) {
