@@ -40,7 +40,9 @@ def attention(name: str = "attention_h200.jsonl") -> str:
         for impl in impls[:2]:
             cells.append(" / ".join(f"{other / ours:.2f}x" for other, ours in zip(ms[impl], ms["auto"])))
         out.append(f"| {d} | {n} | {topk} | " + " | ".join(cells) + " |")
-    return "\n".join([*out, "", source(rows, name)])
+    chose = sorted({f"{row['forward']} forward, {row['backward']} backward" for row in rows if "forward" in row})
+    took = f" auto took {' or '.join(chose)}." if chose else ""
+    return "\n".join([*out, "", source(rows, name) + took])
 
 
 def decode() -> str:

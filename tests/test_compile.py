@@ -78,8 +78,8 @@ def test_opcheck_of_attention(kind: str, dtype: torch.dtype) -> None:
     arguments = attention_arguments(kind, dtype)
     for return_lse in (False, True):
         # Gradients are compared with those of the compiled graph by value: wide enough for bf16.
-        opcheck(fused.attention, (*arguments, return_lse, "sdpa"), rtol=2e-2, atol=2e-2)
-    out, lse, bad = fused.attention(*arguments, True, "sdpa")
+        opcheck(fused.attention, (*arguments, return_lse, "sdpa", "sdpa"), rtol=2e-2, atol=2e-2)
+    out, lse, bad = fused.attention(*arguments, True, "sdpa", "sdpa")
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     del detached[8:10], detached[3:5]  # the expanded rows, the sources
     grads = torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), bad

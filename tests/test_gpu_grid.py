@@ -9,6 +9,7 @@ from torch import Tensor
 
 import test_attention_rules as rules
 from flash_sfa import select_impl, sfa_attention, sfa_attention_varlen, topk_sparsify
+from flash_sfa.impl import hopper_forward
 from oracle import BF16, FP16, FP32, FP64, Case, check_case
 from test_grid import CASES
 from test_varlen import RAGGED, check, ends
@@ -169,8 +170,10 @@ def test_cuda_graph() -> None:
 
 def test_choice_and_refusals() -> None:
     q, k, v = heads(64, 4, 64)
-    assert select_impl(q, k, v, topk=8)["forward"] == "sdpa"
-    assert select_impl(q, k, v, topk=8, deterministic=True)["forward"] == "triton"
+    hopper = hopper_forward.missing(q.device.index) is None
+    assert select_impl(q, k, v, topk=8)["forward"] == ("cuda" if hopper else "sdpa")
+    assert select_impl(*(x.half() for x in (q, k, v)), topk=8)["forward"] == "sdpa"
+    assert select_impl(q, k, v, topk=8, deterministic=True)["backward"] == "triton"
     assert select_impl(q, k, v, topk=8, window_size=(9, 0))["forward"] == "triton"
     assert select_impl(q, k, v, topk=8, attn_mask=torch.ones(64, 64, device="cuda").bool())["forward"] == "sdpa"
     with pytest.raises(NotImplementedError, match="deterministic"):

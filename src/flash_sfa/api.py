@@ -35,10 +35,6 @@ from .impl import sdpa as sdpa_impl
 
 logger = logging.getLogger("flash_sfa")
 
-_NOT_BUILT = {
-    "cuda": "no CUDA attention kernel is built yet",
-}
-
 
 @dataclass(frozen=True)
 class _Side:
@@ -66,6 +62,7 @@ class _Call:
     dropout_p: float
     return_lse: bool
     impl: str
+    backward: str
     reason: str
     dtype: torch.dtype
 
@@ -144,9 +141,11 @@ def sfa_attention(
         tolerance: allowed misplaced weight in [0, 1); the implementations here are exact for any.
         score_dtype: None only; no implementation computes scores in a narrower type yet.
         return_lse: also return the log-sum-exp.
-        impl: "auto", "reference", "sdpa" (PyTorch's fused kernels; cuDNN on CUDA) or "triton" (CUDA; masks only as key
-            padding, (b, 1, 1, sk)), or "intersect" (the paper's posting lists; CUDA, forward only, two sparse sides).
-            "cpu" (posting lists on the CPU, with numba; forward only, two sparse sides, no mask). "cuda" is not built.
+        impl: "auto", "reference", "sdpa" (PyTorch's fused kernels; cuDNN on CUDA), "triton" (CUDA; masks only as key
+            padding, (b, 1, 1, sk)), "cuda" (Hopper: compute capability 9.0; bfloat16, d and dv of 64, 128 or 256, full
+            or causal, no mask, window or dropout; the backward is cuDNN's or Triton's), "intersect" (the paper's
+            posting lists; CUDA, forward only, two sparse sides) or "cpu" (posting lists on the CPU, with numba; forward
+            only, two sparse sides, no mask).
 
     Returns:
         out (b, sq, hq, dv) in the dtype of v; with return_lse also lse (b, hq, sq), natural log, fp32
@@ -324,9 +323,7 @@ def select_impl(
         q, k, v, topk, dense_dims, causal, softmax_scale, window_size, nonoverlap, dropout_p, deterministic,
         tolerance, score_dtype, return_lse, impl, attn_mask,
     )  # fmt: skip
-    backward = "triton" if call.impl == "sdpa" and v.is_cuda and call.return_lse else call.impl
-    if backward in ("intersect", "cpu"):
-        backward = "none"
+    backward = "none" if call.impl in ("intersect", "cpu") else call.backward
     return {"forward": call.impl, "backward": backward, "reason": call.reason}
 
 
@@ -390,6 +387,7 @@ def _check_call(
         dropout_p,
         return_lse,
         impl,
+        impl,
         "asked for",
         dtypes[0],
     )
@@ -434,12 +432,11 @@ def _choose(
     attn_mask: Tensor | None,
     deterministic: bool,
 ) -> _Call:
-    """The rule of "auto": cuDNN where it takes the call, then Triton, then other SDPA kernels, then the reference."""
+    """The rule of "auto": on CUDA the first that can of our Hopper kernel, cuDNN, Triton, SDPA kernels, reference."""
     if call.impl == "reference":
         return call
-    if call.impl in _NOT_BUILT:
-        raise NotImplementedError(f"impl={call.impl!r}: {_NOT_BUILT[call.impl]}")
     problems = {
+        "cuda": _cuda_problem(call, v, attn_mask),
         "sdpa": sdpa_impl.unsupported(
             call.dtype, v.device, can_drop=call.can_drop, dropout_p=call.dropout_p, deterministic=deterministic
         ),
@@ -454,11 +451,14 @@ def _choose(
         problem = problems[call.impl]
         if problem is not None:
             raise NotImplementedError(f"impl={call.impl!r}: {problem}")
-        return call
     alone = attn_mask is None and v.dim() == 4
     cudnn = alone and sdpa_impl.cudnn_takes(q, k, v, call.dtype, call.window, call.softmax_scale)
-    if on_cpu and problems["cpu"] is None and _cpu_is_faster(call, q, k, v):
+    if call.impl != "auto":
+        impl, reason = call.impl, call.reason
+    elif on_cpu and problems["cpu"] is None and _cpu_is_faster(call, q, k, v):
         impl, reason = "cpu", "posting lists, measured faster than dense attention on a CPU for this shape"
+    elif problems["cuda"] is None:
+        impl, reason = "cuda", "codes expanded into our Hopper kernel, measured faster than cuDNN on long sequences"
     elif problems["sdpa"] is None and (v.device.type == "cpu" or cudnn):
         kernels = "cuDNN" if cudnn else "PyTorch's fused attention"
         impl, reason = "sdpa", f"codes expanded into {kernels}, the fastest here for this call"
@@ -468,9 +468,25 @@ def _choose(
         impl, reason = "sdpa", f"codes expanded into PyTorch's attention; triton cannot: {problems['triton']}"
     else:
         impl, reason = "reference", f"sdpa cannot do this call: {problems['sdpa']}"
-    if not torch.compiler.is_compiling():
+    if call.impl == "auto" and not torch.compiler.is_compiling():
         _log_choice(impl, reason, v.device.type)
-    return replace(call, impl=impl, reason=reason)
+    backward = ("sdpa" if cudnn else "triton") if impl == "cuda" else impl
+    # cuDNN's backward is the fastest, but takes no gradient of lse and adds in any order.
+    if backward == "sdpa" and cudnn and (call.return_lse or deterministic) and ops.triton_missing() is None:
+        backward = "triton"
+    return replace(call, impl=impl, backward=backward, reason=reason)
+
+
+def _cuda_problem(call: _Call, v: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why impl="cuda" cannot do the call, or None."""
+    if v.device.type != "cuda":
+        return f"it needs CUDA tensors, got {v.device}"
+    from .impl import hopper_forward  # imports much of torch, as the first call of any operator does
+
+    return hopper_forward.unsupported(
+        v.device.index, call.dtype, call.dim, v.shape[-1], call.window, call.softmax_scale,
+        masked=attn_mask is not None, packed=v.dim() == 3, can_drop=call.can_drop, dropout_p=call.dropout_p,
+    )  # fmt: skip
 
 
 def _triton_problem(call: _Call, v: Tensor, attn_mask: Tensor | None) -> str | None:
@@ -599,7 +615,7 @@ def _fused(
     out, lse, _ = fused.attention(
         *parts, v.to(call.dtype), attn_mask, *cu_seqlens, seed, call.dim, list(call.q_side.dense_dims),
         list(call.k_side.dense_dims), *call.window, call.softmax_scale, *longest, call.can_drop, call.dropout_p,
-        call.return_lse, call.impl,
+        call.return_lse, call.impl, call.backward,
     )  # fmt: skip
     return out, lse
 

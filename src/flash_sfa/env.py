@@ -58,8 +58,8 @@ def _implementations(torch: Any, errors: dict[str, str | None], has_cuda: bool) 
         "sdpa": "available",
         "cpu": _cpu(),
         "triton": triton,
-        "cuda": _cuda(),
-        "intersect": _cuda().replace("sfa_attention_with_kvcache", "sfa_attention, forward only"),
+        "cuda": _cuda_attention(),
+        "intersect": _cuda("sfa_attention, forward only"),
     }
 
 
@@ -73,15 +73,29 @@ def _cpu() -> str:
     return f"available for sfa_attention_with_kvcache, in plain PyTorch; for the faster kernels {reason}"
 
 
-def _cuda() -> str:
-    """State of the CUDA decode kernel."""
+def _cuda(task: str) -> str:
+    """State of the CUDA kernels, which need NVRTC."""
     try:
         from .impl import nvrtc
 
         reason = nvrtc.missing(None)
     except Exception as error:  # a broken installation may raise anything
         reason = f"{type(error).__name__}: {error}"
-    return "available for sfa_attention_with_kvcache" if reason is None else f"not available: {reason}"
+    return f"available for {task}" if reason is None else f"not available: {reason}"
+
+
+def _cuda_attention() -> str:
+    """State of impl="cuda": decoding on any recent GPU, the forward of sfa_attention on Hopper."""
+    state = _cuda("sfa_attention_with_kvcache")
+    if state.startswith("not"):
+        return state
+    try:
+        from .impl import hopper_forward
+
+        reason = hopper_forward.missing(None)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    return f"{state} and sfa_attention" if reason is None else f"{state}; for sfa_attention {reason}"
 
 
 def collect() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The differentiable attention operator over codes that the fused implementations share.
 
 Saved for backward: the codes, v, out and lse; never a dense q or k of a sparse side, never an n x n matrix (a bool mask
-is n x n where the caller gives one). An implementation sees expanded rows: `sdpa`, or `triton_forward` and
-`triton_backward`.
+is n x n where the caller gives one). An implementation sees expanded rows: `sdpa`, `triton_forward` and
+`triton_backward`, or `hopper_forward`, which has the backward of one of the others.
 """
 
 from collections.abc import Sequence
@@ -21,19 +21,24 @@ def attention(
     k: Tensor, k_indices: Tensor | None, k_dense: Tensor | None, k_rows: Tensor | None, k_source: Tensor | None,
     v: Tensor, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
     dim: int, q_dense_dims: Sequence[int], k_dense_dims: Sequence[int], left: int, right: int, softmax_scale: float,
-    max_seqlen_q: int, max_seqlen_k: int, drop: bool, dropout_p: float, return_lse: bool, impl: str,
+    max_seqlen_q: int, max_seqlen_k: int, drop: bool, dropout_p: float, return_lse: bool, impl: str, backward: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k: code values, or the dense rows where indices is None; q_rows, k_rows: the expanded codes where known.
 
     q_source, k_source: the tensors that the codes were made from here; then they get the gradient, not the codes.
     Returns out (as v), lse (b, hq, sq) and marks of non-finite values for the backward. With cu_seqlens the batch
     dimension is 1 and the sequences lie one after another. ``drop``: a pair without a common feature weighs nothing.
+    ``impl``: "sdpa", "triton" or "cuda"; ``backward``: "sdpa" or "triton".
     """
     sides = (q, q_indices, q_dense, q_rows, q_dense_dims), (k, k_indices, k_dense, k_rows, k_dense_dims)
     rows_q, rows_k = (_rows(*side, dim) for side in sides)
     packed = cu_seqlens_q, cu_seqlens_k
     sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     bad = _scan([q, q_dense], [k, k_dense], sequences * k.shape[2])
+    if impl == "cuda":
+        from .impl import hopper_forward
+
+        return *hopper_forward.forward(rows_q, rows_k, v, bad, right == 0, softmax_scale), bad
     if impl == "triton":
         from .impl import triton_forward
 
@@ -102,7 +107,7 @@ def _(
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, qi, qd, _, q_source, k, ki, kd, _, k_source, *others = inputs[:15]
     ctx.save_for_backward(q, qi, qd, k, ki, kd, *others, *output)
-    ctx.options = (*inputs[15:], q_source is not None, k_source is not None)
+    ctx.options = (*inputs[15:-2], inputs[-1], q_source is not None, k_source is not None)
     ctx.mark_non_differentiable(output[2])
 
 
@@ -116,7 +121,7 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple:
             grads += [None, None, None, None, grad]
         else:
             grads += [grad, None, None if dense is None else grad_dense, None, None]
-    return *grads, dv, *[None] * 16
+    return *grads, dv, *[None] * 17
 
 
 attention.register_autograd(_autograd, setup_context=_context)

@@ -21,6 +21,8 @@ from .. import select_impl, sfa_attention, topk_sparsify
 from ..cli import UsageError
 from .timing import time_ms
 
+OURS = ("auto", "cuda", "sdpa", "triton")
+
 
 def dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(backend):
@@ -72,7 +74,7 @@ def check() -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Time every case, write attention.jsonl and attention.png, print a table."""
-    known = {"dense_cudnn", "dense_fa2", "dense_fa4", "mask_cudnn", "auto", "sdpa", "triton"}
+    known = {"dense_cudnn", "dense_fa2", "dense_fa4", "mask_cudnn", *OURS}
     if unknown := set(args.impls) - known:
         raise UsageError(f"--impls: unknown {sorted(unknown)}; known: {sorted(known)}")
     max_err = check()
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         for n in args.lengths:
             heads, batch = (8 if d == 256 else 16), max(1, args.tokens // n)
             for row in time_shape(args, batch, n, heads, d):
-                if row["impl"] in ("auto", "sdpa", "triton"):
+                if row["impl"] in OURS:
                     row["max_err"] = max_err
                 rows.append(row)
                 with file.open("a") as lines:
@@ -105,17 +107,17 @@ def time_shape(args: argparse.Namespace, batch: int, n: int, heads: int, d: int)
         ("dense_fa2", None, functools.partial(dense, SDPBackend.FLASH_ATTENTION)),
         ("dense_fa4", None, dense_fa4),
     ]
+    choices: dict[int | None, dict[str, str]] = {}
     for topk in args.topk:
         topk_q = None if args.dense_q else topk
         options: dict[str, Any] = {"topk": (topk_q, topk), "dense_dims": args.dense_dims, "causal": True}
-        choice = select_impl(q, k, v, **options)
+        choice = choices[topk] = select_impl(q, k, v, **options)
         print(
-            f"d={d} n={n} batch={batch} heads={heads} topk={topk}: auto takes {choice['forward']} ({choice['reason']})"
+            f"d={d} n={n} batch={batch} heads={heads} topk={topk}: auto takes {choice['forward']} forward "
+            f"({choice['reason']}) and {choice['backward']} backward"
         )
         cases.append(("mask_cudnn", topk, functools.partial(mask_cudnn, topk_q, topk, args.dense_dims)))
-        cases += [
-            (impl, topk, functools.partial(sfa_attention, **options, impl=impl)) for impl in ("auto", "sdpa", "triton")
-        ]
+        cases += [(impl, topk, functools.partial(sfa_attention, **options, impl=impl)) for impl in OURS]
     fastest: dict[str, float] = {}
     for name, topk, fn in (case for case in cases if case[0] in args.impls):
         calls = {
@@ -133,6 +135,8 @@ def time_shape(args: argparse.Namespace, batch: int, n: int, heads: int, d: int)
             }  # fmt: skip
             if topk is not None:
                 row |= {"topk": topk, "topk_q": None if args.dense_q else topk, "dense_dims": args.dense_dims}
+            if name == "auto":
+                row |= {key: choices[topk][key] for key in ("forward", "backward")}
             try:
                 row |= time_ms(call, repeats=args.repeats)
                 row["peak_bytes"] = torch.cuda.max_memory_allocated()

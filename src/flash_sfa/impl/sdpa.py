@@ -152,7 +152,7 @@ def _forward_mended(
 ) -> tuple[Tensor, Tensor]:
     from . import triton_forward
 
-    q, k, v = (_whole_lines(x) for x in (q, k, v))
+    q, k, v = (whole_lines(x) for x in (q, k, v))
     with torch.autocast("cuda", enabled=False):
         out, lse = _fused_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, window[1] == 0, scale)
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
@@ -167,7 +167,7 @@ def _backward_mended(
     from . import triton_backward, triton_forward
 
     options = triton_forward.Options(*window, scale)
-    q, k, v, grad_out = (_whole_lines(x) for x in (q, k, v, grad_out))
+    q, k, v, grad_out = (whole_lines(x) for x in (q, k, v, grad_out))
     alone = k.shape[2] == 1 and q.shape[0] == 1  # and so cannot go by parts
     if grad_lse is not None or (alone and q.numel() > _CUDNN_ELEMENTS):
         return triton_backward.backward(grad_out, grad_lse, q, k, v, out, lse, bad, options)
@@ -181,8 +181,8 @@ def _backward_mended(
     return dq, dk, dv
 
 
-def _whole_lines(x: Tensor) -> Tensor:
-    """x, copied if rows do not start at multiples of 16 bytes: cuDNN returns wrong numbers for such (measured)."""
+def whole_lines(x: Tensor) -> Tensor:
+    """x, copied if rows do not start at multiples of 16 bytes: TMA cannot read such, cuDNN reads wrong (measured)."""
     starts = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
     fits = x.stride(-1) == 1 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in starts)
     return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()

@@ -1,5 +1,5 @@
-// forward.cu as a library for the CPU: see host.h.
-#include "forward.cu"
+// hopper_forward.cu as a library for the CPU: see host_hopper.h.
+#include "hopper_forward.cu"
 
 // 0, or 1 if Params is not what the caller thinks, or 2 if the threads wait for each other.
 extern "C" int launch(const TensorMap* mq, const TensorMap* mk, const TensorMap* mv, const Params* p, int size,

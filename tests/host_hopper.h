@@ -1,8 +1,9 @@
-// forward.cu on the CPU: shared memory with its swizzles, transaction barriers, TMA, wgmma with descriptors and
-// register fragments, clusters. Every thread of every block is a fiber that yields where it waits.
+// hopper_forward.cu on the CPU: shared memory with its swizzles, transaction barriers, TMA, wgmma with descriptors and
+// register fragments. Every thread of every block is a fiber that yields where it waits.
 //
 // A product reads its operands only when it is waited for. A load lands at once, or, as the caller likes, only when
 // nobody can go on without it. A state in which nobody can go on at all is reported.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -23,13 +24,9 @@ using std::min;
 #define __device__
 #define __forceinline__ inline
 
-struct uint2 {
-  u32 x, y;
-};
 struct uint4 {
   u32 x, y, z, w;
 };
-inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 struct Dim {
   unsigned x;
@@ -46,7 +43,6 @@ inline int __float_as_int(float x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __log2f(float x) { return std::log2(x); }
 inline int atomicAdd(int* p, int x) {
   int old = *p;
@@ -65,11 +61,11 @@ struct Named {
   bool all = true, result = true;
 };
 struct Op {
-  int n, k, group;
-  void* d;
+  int n, group;
+  float* d;
   u64 a, b;
-  bool from_shared, sparse, transposed, add, integer, e4m3;
-  std::shared_ptr<u32> fragments;  // of all lanes: 4 registers of a and one of places
+  bool add;
+  std::shared_ptr<u32> fragments;  // 4 registers of a of all lanes; none: a is in shared memory
 };
 struct Block {
   std::vector<uint8_t> memory;
@@ -77,17 +73,18 @@ struct Block {
   Named named[17];
 };
 struct Fiber {
-  ucontext_t context;
-  bool done;
+  ucontext_t context;  // where it starts; from then on it jumps, which needs no system call
+  jmp_buf point;
+  bool started, done;
   int parity, committed;
   u32 slots[2];
   std::deque<Op> ops;
 };
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static Fiber fibers[BLOCKS * THREADS];
 static std::vector<char> stacks;
 static Block blocks[BLOCKS];
-static Named warps[BLOCKS * THREADS / 32], cluster;
+static Named warps[BLOCKS * THREADS / 32];
 static std::vector<std::shared_ptr<u32>> shared_fragments(BLOCKS* THREADS / 32);
 static int current;
 static long long changes;
@@ -96,7 +93,15 @@ static std::deque<std::function<void()>> loads;
 
 inline Fiber& me() { return fibers[current]; }
 inline Block& block() { return blocks[current / THREADS]; }
-inline void yield() { swapcontext(&me().context, &scheduler); }
+inline void yield() {
+  if (!_setjmp(me().point)) _longjmp(scheduler, 1);
+}
+__attribute__((noinline)) inline void resume(Fiber& f) {
+  if (_setjmp(scheduler)) return;
+  if (f.started) _longjmp(f.point, 1);
+  f.started = true;
+  setcontext(&f.context);
+}
 
 inline void arrive(Named& b, int size, bool x = true) {
   ++changes;
@@ -134,87 +139,58 @@ inline void arrive(Block& b, u32 bar) {
   settle(t);
 }
 
-// Bits 4 and up are mixed with bits 7 and up of the address: rows of 128 bytes repeat after 8, of 64 after 4.
-inline u32 swizzled(u32 at, int row) { return at ^ ((at >> 7 & (row == 128 ? 7 : 3)) << 4); }
+// Bits 4 to 6 are mixed with bits 7 to 9 of the address.
+inline u32 swizzled(u32 at) { return at ^ ((at >> 7 & 7) << 4); }
 
 inline float bf16(uint16_t x) { return __int_as_float(int(x) << 16); }
-inline float e4m3(uint8_t x) {
-  const int e = x >> 3 & 15, m = x & 7;
-  const float y = e ? std::ldexp(1.0f + m / 8.0f, e - 7) : std::ldexp(m / 8.0f, -6);
-  return x & 128 ? -y : y;
-}
-
 struct Matrix {
   u32 start, leading, stride;
-  int row;
   explicit Matrix(u64 d)
-      : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4),
-        row(d >> 62 == 1 ? 128 : 64) {}
+      : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {}
 };
 
-inline float element(const Op& op, u32 at, int row) {
-  const uint8_t* p = &block().memory[swizzled(at, row)];
-  if (op.integer) return *(const int8_t*)p;
-  if (op.e4m3) return e4m3(*p);
-  return bf16(*(const uint16_t*)p);
-}
+inline float element(u32 at) { return bf16(*(const uint16_t*)&block().memory[swizzled(at)]); }
 
 inline void run(const Op& op) {
   const int lane = current % 32, g = lane / 4, t = lane % 4, warp = current / 32 % 4;
-  const int size = op.integer || op.e4m3 ? 1 : 2;
-  const int quad = lane & ~3;
-  float a[2][64];
-  for (int h = 0; h < 2; ++h) {
-    for (int k = 0; k < op.k; ++k) a[h][k] = 0.0f;
-    const Matrix m(op.a);
-    for (int k = 0; k < (op.sparse ? 16 : op.k); ++k) {
-      if (op.from_shared) {
-        const int r = warp * 16 + g + 8 * h;
-        a[h][k] = element(op, m.start + r / 8 * m.stride + r % 8 * m.row + k * size, m.row);
-        continue;
+  const u32* f = op.fragments.get();
+  float a[2][16];
+  for (int h = 0; h < 2; ++h)
+    for (int k = 0; k < 16; ++k) {
+      const int r = warp * 16 + g + 8 * h;
+      const Matrix m(op.a);
+      if (f == nullptr) {
+        a[h][k] = element(m.start + r / 8 * m.stride + r % 8 * 128 + k * 2);
+      } else {
+        const u32 pair = f[((lane & ~3) + k % 8 / 2) * 4 + (k < 8 ? 0 : 2) + h];
+        a[h][k] = bf16(k & 1 ? pair >> 16 : pair & 0xffff);
       }
-      const u32* f = op.fragments.get();
-      const u32 pair = f[(quad + k % 8 / 2) * 5 + (k < 8 ? 0 : 2) + h];
-      int to = k;
-      if (op.sparse) {  // lanes 0 and 1 of four hold the places of 16 features each, for rows g and g + 8
-        const int four = k / 2;
-        to = four * 4 + (f[(quad + four / 4) * 5 + 4] >> (16 * h + 4 * (four % 4) + 2 * (k & 1)) & 3);
-      }
-      a[h][to] += bf16(k & 1 ? pair >> 16 : pair & 0xffff);
     }
-  }
   const Matrix m(op.b);
   for (int j = 0; j < op.n / 8; ++j)
     for (int e = 0; e < 2; ++e) {
       const int n = 8 * j + 2 * t + e;
       double sum[2] = {};
-      for (int k = 0; k < op.k; ++k) {
-        const u32 at = op.transposed ? m.start + n / 64 * m.leading + k / 8 * m.stride + k % 8 * 128 + n % 64 * 2
-                                     : m.start + n / 8 * m.stride + n % 8 * m.row + k * size;
-        const float b = element(op, at, op.transposed ? 128 : m.row);
+      for (int k = 0; k < 16; ++k) {
+        const float b = element(f ? m.start + n / 64 * m.leading + k / 8 * m.stride + k % 8 * 128 + n % 64 * 2
+                                  : m.start + n / 8 * m.stride + n % 8 * 128 + k * 2);
         sum[0] += a[0][k] * b;
         sum[1] += a[1][k] * b;
       }
       for (int h = 0; h < 2; ++h) {
-        if (op.integer) {
-          int& d = ((int*)op.d)[4 * j + 2 * h + e];
-          d = int(sum[h]) + (op.add ? d : 0);
-        } else {
-          float& d = ((float*)op.d)[4 * j + 2 * h + e];
-          d = float(sum[h]) + (op.add ? d : 0.0f);
-        }
+        float& d = op.d[4 * j + 2 * h + e];
+        d = float(sum[h]) + (op.add ? d : 0.0f);
       }
     }
 }
 
 // Registers of all lanes of a warp, for one instruction.
-inline std::shared_ptr<u32> gather(const u32* a, u32 where) {
+inline std::shared_ptr<u32> gather(const u32* a) {
   auto& slot = shared_fragments[current / 32];
-  if (current % 32 == 0) slot = std::shared_ptr<u32>(new u32[32 * 5], std::default_delete<u32[]>());
+  if (current % 32 == 0) slot = std::shared_ptr<u32>(new u32[32 * 4], std::default_delete<u32[]>());
   sync(warps[current / 32], 32);
   auto mine = slot;
-  for (int i = 0; i < 4; ++i) mine.get()[current % 32 * 5 + i] = a[i];
-  mine.get()[current % 32 * 5 + 4] = where;
+  for (int i = 0; i < 4; ++i) mine.get()[current % 32 * 4 + i] = a[i];
   sync(warps[current / 32], 32);
   return mine;
 }
@@ -231,15 +207,13 @@ bool run_blocks(F body, int shared) {
   }
   for (auto& w : warps) w = Named();
   loads.clear();
-  cluster = Named();
   gridDim = {BLOCKS};
   for (int t = 0; t < all; ++t) {
     Fiber& f = fibers[t];
-    f.done = false, f.parity = 0, f.committed = 0, f.ops.clear();
+    f.started = f.done = false, f.parity = 0, f.committed = 0, f.ops.clear();
     getcontext(&f.context);
     f.context.uc_stack = {&stacks[size_t(t) * STACK], 0, size_t(STACK)};
-    f.context.uc_link = &scheduler;
-    makecontext(&f.context, +[] { (*entry)(); me().done = true; }, 0);
+    makecontext(&f.context, +[] { (*entry)(); me().done = true; _longjmp(scheduler, 1); }, 0);
   }
   for (int left = all, idle; left;) {
     const long long before = changes;
@@ -248,7 +222,7 @@ bool run_blocks(F body, int shared) {
       if (!fibers[t].done) {
         current = t;
         threadIdx = {unsigned(t % THREADS)}, blockIdx = {unsigned(t / THREADS)};
-        swapcontext(&scheduler, &fibers[t].context);
+        resume(fibers[t]);
         left -= fibers[t].done;
       }
     idle = before == changes && were == left ? idle + 1 : 0;
@@ -292,20 +266,20 @@ inline void wait(u32 bar, u32 parity) {
   while (u32(t.phase) == parity) host::yield();
 }
 
-// The map: address, sizes of the four dimensions, three strides in bytes, box (features, rows), bytes an element.
+// The map: address, sizes of the four dimensions, three strides in bytes, rows of a box.
 inline void land(host::Block& block, u32 to, const u64* m, u32 bar, int feature, int row, int head, int b) {
-  const int width = int(m[8] * m[10]);
-  for (int r = 0; r < int(m[9]); ++r)
-    for (int c = 0; c < width; ++c) {
-      const bool inside = row + r < (long long)m[2] && feature + c / int(m[10]) < (long long)m[1];
-      const uint8_t* from = (const uint8_t*)m[0] + feature * m[10] + (row + r) * m[5] + head * m[6] + b * m[7] + c;
-      block.memory.at(host::swizzled(to + r * width + c, width)) = inside ? *from : 0;
+  for (int r = 0; r < int(m[8]); ++r)
+    for (int c = 0; c < 128; ++c) {
+      const bool inside = row + r < (long long)m[2] && feature + c / 2 < (long long)m[1];
+      const uint8_t* from = (const uint8_t*)m[0] + feature * 2 + (row + r) * m[5] + head * m[6] + b * m[7] + c;
+      block.memory.at(host::swizzled(to + r * 128 + c)) = inside ? *from : 0;
     }
   host::Transactions& t = block.transactions.at(bar);
-  t.bytes -= int(m[9]) * width;
+  t.bytes -= int(m[8]) * 128;
   host::settle(t);
 }
-inline void load_to(host::Block& block, u32 to, const TensorMap* map, u32 bar, int feature, int row, int head, int b) {
+inline void load(u32 to, const TensorMap* map, u32 bar, int feature, int row, int head, int b) {
+  host::Block& block = host::block();
   auto job = [&block, to, map, bar, feature, row, head, b] {
     land(block, to, map->opaque, bar, feature, row, head, b);
   };
@@ -314,23 +288,6 @@ inline void load_to(host::Block& block, u32 to, const TensorMap* map, u32 bar, i
   } else {
     job();
   }
-}
-#if HF_CLUSTER > 1
-#define LOAD_PART load_shared
-inline void load_shared(u32 to, const TensorMap* map, u32 bar, int feature, int row, int head, int b) {
-  for (host::Block& block : host::blocks) load_to(block, to, map, bar, feature, row, head, b);
-}
-inline void meet() { host::sync(host::cluster, 2 * host::THREADS); }
-#else
-#define LOAD_PART load
-#endif
-inline void load(u32 to, const TensorMap* map, u32 bar, int feature, int row, int head, int b) {
-  load_to(host::block(), to, map, bar, feature, row, head, b);
-}
-inline u32 rank_in_cluster() { return HF_CLUSTER > 1 ? blockIdx.x % 2 : 0; }
-inline void release(u32 bar, int lane) {
-  if (HF_CLUSTER == 1 && lane == 0) arrive(bar);
-  if (HF_CLUSTER > 1 && lane < 2) host::arrive(host::blocks[lane], bar);
 }
 
 inline void wgmma_fence() {}
@@ -349,32 +306,16 @@ void pin(T (&)[N]) {}
 
 template <int N>
 struct Wgmma {
-  static void issue(host::Op op) {
-    op.n = N, op.group = host::me().committed;
-    host::me().ops.push_back(op);
-  }
   static void bf16(float (&d)[N / 2], u64 a, u64 b, int add) {
-    issue({0, 16, 0, d, a, b, true, false, false, add != 0, false, false, nullptr});
+    host::me().ops.push_back({N, host::me().committed, d, a, b, add != 0, nullptr});
   }
-  static void fp8(float (&d)[N / 2], u64 a, u64 b, int add) {
-    issue({0, 32, 0, d, a, b, true, false, false, add != 0, false, true, nullptr});
-  }
-  static void int8(int (&d)[N / 2], u64 a, u64 b, int add) {
-    issue({0, 32, 0, d, a, b, true, false, false, add != 0, true, false, nullptr});
-  }
-  static void sparse(float (&d)[N / 2], const u32* a, u64 b, u32 meta, int add) {
-    issue({0, 32, 0, d, 0, b, false, true, false, add != 0, false, false, host::gather(a, meta)});
-  }
-  template <int TRANSPOSED>
   static void rows(float (&d)[N / 2], const u32* a, u64 b, int add) {
-    issue({0, 16, 0, d, 0, b, false, false, TRANSPOSED != 0, add != 0, false, false, host::gather(a, 0)});
+    host::me().ops.push_back({N, host::me().committed, d, 0, b, add != 0, host::gather(a)});
   }
 };
 
 inline void turn_wait(int wg) { host::sync(host::block().named[1 + wg], 256); }
 inline void turn_pass(int wg) { host::arrive(host::block().named[1 + (wg + 1) % HF_WGS], 256); }
-inline bool all_of_warpgroup(bool x, int wg) { return host::sync(host::block().named[8 + wg], 128, x); }
-inline void warpgroup_sync(int wg) { host::sync(host::block().named[8 + wg], 128); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline u32 round_bf16(float x) {
@@ -382,16 +323,6 @@ inline u32 round_bf16(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline u32 pack(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
-
-inline void store_zeros(u32 to) { std::memset(&host::block().memory.at(to), 0, 16); }
-inline void store_half(u32 to, u32 bits) { std::memcpy(&host::block().memory.at(to), &bits, 2); }
-inline void load_matrices(u32* to, u32 from) {
-  const int lane = host::current % 32;
-  for (int i = 0; i < 4; ++i) {
-    const u32 row = __shfl_sync(~0u, from, 8 * i + lane / 4);
-    std::memcpy(&to[i], &host::block().memory.at(row + lane % 4 * 4), 4);
-  }
-}
 
 inline void never(bool x) {
   if (x) std::abort();
