@@ -47,7 +47,7 @@ def attention(name: str = "attention_h200.jsonl") -> str:
 
 def decode() -> str:
     """ms of a step beside the fastest dense one and the byte limit."""
-    rows = load("decode_h200.jsonl")
+    rows = [row for row in load("decode_h200.jsonl") if row["bench"] == "decode"]
     out = [
         "| case | n | overlap | ms (20 to 80%) | byte limit, ms | fastest dense, ms | against dense | of the limit |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -92,6 +92,7 @@ def cpu() -> str:
 def main() -> None:
     tables = (
         ("kernels.md", "attention", attention()),
+        ("kernels.md", "attention_before_hopper", attention("attention_before_hopper_h200.jsonl")),
         ("kernels.md", "attention_dense_q", attention("attention_dense_q_h200.jsonl")),
         ("decode.md", "decode", decode()),
         ("cpu.md", "cpu", cpu()),
