@@ -6,6 +6,7 @@ Text between ``<!-- rows: NAME -->`` and ``<!-- end -->`` is replaced, all other
 (``flash-sfa bench paper``), decode*.jsonl. What has no row says "not measured yet".
 """
 
+import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -284,6 +285,7 @@ def build(rows: list[Row], decode: list[Row]) -> dict[str, str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     page = ROOT / "docs/claims.md"
     page.write_text(fill(page.read_text(), build(load("paper*.jsonl"), load("decode*.jsonl"))))
 

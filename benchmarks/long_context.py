@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [
         m for m in models.attention_modules(model) if plain(m.sfa_train) and getattr(m, "sliding_window", None) is None
     ]
+    if not chosen or not 0 < args.tail < args.length:
+        raise SystemExit("the run must have SFA layers without a window, and --tail must be below --length")
     about = {
         "bench": "long_context", "name": recipe.name, "seqlen": args.length, "tail": args.tail, "rows": args.rows,
         "topk": chosen[0].sfa_train.topk_k, "dense_dims": len(chosen[0].sfa_train.dense_dims),

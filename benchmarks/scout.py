@@ -351,6 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     entries = [entry for file in args.queue for entry in read_queue(file)]
     if args.only:
         entries = [entry for entry in entries if entry["name"] in args.only.split(",")]
+        if lost := {entry["start"] for entry in entries if "start" in entry} - {entry["name"] for entry in entries}:
+            raise SystemExit(f"--only: name {', '.join(sorted(lost))} too, where others start from")
     left = [entry for entry in entries if entry["name"] not in scout.have]
     scout.needed = {entry["start"] for entry in left if "start" in entry}
     scout.tokens = {entry["name"]: tokens_of(entry, args.overrides) for entry in entries}

@@ -420,3 +420,13 @@ def test_empty_inputs() -> None:
         q, k = normal(1, sq, 2, 32), normal(1, sk, 2, 32)
         out, lse = sfa_attention(q, k, k, topk=4, return_lse=True, impl="cpu")
         assert out.shape == (1, sq, 2, 32) and not out.any() and (lse == -torch.inf).all()
+
+
+def test_scores_of_minus_infinity_under_drop_are_not_nothing() -> None:
+    q, k, v = torch.zeros(1, 1, 1, 8), torch.zeros(1, 3, 1, 8), torch.ones(1, 3, 1, 4)
+    q[..., 2], k[..., 2] = torch.inf, -1.0
+    call = {"topk": 1, "nonoverlap": "drop", "return_lse": True}
+    with torch.no_grad():
+        for impl in ("reference", "cpu"):
+            out, lse = sfa_attention(q, k, v, impl=impl, **call)
+            assert out.isnan().all() and lse.isnan().all(), impl

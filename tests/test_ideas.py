@@ -272,3 +272,32 @@ def test_a_step_with_an_idea_is_one_graph_and_learns(data_root: Path, tmp_path: 
 def test_bad_ideas_say_why(attention: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_recipe({"attention": attention})
+
+
+@pytest.mark.parametrize(
+    ("family", "idea", "said"),
+    [("rotary", {}, True), ("rotary", {"share": True}, False), ("rotary", {"shrink": True}, False),
+     ("rotary", {"recent": 4}, False), ("rotary", {"center": True}, False)],
+)  # fmt: skip
+def test_config_sfa_is_said_only_where_enable_sfa_gives_the_same(
+    data_root: Path,  # noqa: F811
+    family: str, idea: dict, said: bool,
+) -> None:  # fmt: skip
+    model = models.build_model(build_recipe(tiny(data_root, model={"family": family}, attention=idea)), 100)
+    assert (getattr(model.config, "sfa", None) is not None) == said
+
+
+@pytest.mark.parametrize("idea", [{"map_dim": 32}, {"center": True}])
+def test_a_run_with_weights_of_its_own_is_loaded_again(idea: dict, data_root: Path, tmp_path: Path) -> None:  # noqa: F811
+    from flash_sfa.train.niah import load_model
+    from flash_sfa.train.pretrain import pretrain, token_losses
+
+    recipe = build_recipe(tiny(data_root, attention={"dense_dims": 0, **idea}, train={"save_last": True}))
+    pretrain(recipe, tmp_path, quiet=True)
+    model, again = load_model(tmp_path)
+    assert again is not None
+    ids = torch.randint(0, 60, (1, 33), generator=torch.Generator().manual_seed(0))
+    losses = token_losses(model, ids[:, :-1], ids[:, 1:], False)
+    fresh = models.build_model(recipe, model.config.vocab_size).eval()
+    fresh.load_state_dict({n: x for n, x in model.state_dict().items() if "sfa_" not in n}, strict=False)
+    assert not torch.equal(losses, token_losses(fresh, ids[:, :-1], ids[:, 1:], False))

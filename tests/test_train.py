@@ -248,6 +248,10 @@ def test_recipe_base_and_overrides(tmp_path: Path) -> None:
         ({"attention": {"kind": "sfa", "topk_k": 2, "v_dim": 4}}, "v_dim"),
         ({"train": {"batch": 8, "micro_batch": 3}}, "micro_batch"),
         ({"train": {"tokens": 5}}, "one step"),
+        ({"train": {"tokens": float("inf")}}, "integer"),
+        ({"train": {"log_every": 0}}, "log_every"),
+        ({"data": {"train": [5]}}, "data.train must hold str"),
+        ({"train": {"fsdp": True}, "attention": {"kind": "sfa", "topk_k": 2, "center": True}}, "center"),
     ],
 )
 def test_bad_recipes_say_why(tree: dict, message: str) -> None:

@@ -64,11 +64,20 @@ def setting_of(args: argparse.Namespace) -> dict[str, Any] | None:
     return {"topk": topk, "dense_dims": dims, "layers": layers}
 
 
+def check_device(name: str) -> None:
+    """A device that tensors can be made on here."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch finds no CUDA device here")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {short(error)}") from None
+
+
 def load_model(path: str, args: argparse.Namespace) -> Any:
     """The model in eval mode, dense. Every weight must come from the checkpoint, and every one must be used."""
     transformers = import_transformers()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {args.device}: torch finds no CUDA device here")
+    check_device(args.device)
     _check_folder(path)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     try:

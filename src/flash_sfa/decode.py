@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .api import _add_batch, sfa_attention
-from .cache import SparseKVCache
+from .cache import SparseKVCache, _capturing
 from .checks import (
     IMPLS,
     NONOVERLAP,
@@ -27,7 +27,7 @@ from .impl import sdpa as sdpa_impl
 _SHORT = 16
 _NOT_BUILT = {
     "triton": "no Triton decode kernel is built yet",
-    "intersect": "the paper's posting-list kernel is not built yet",
+    "intersect": "the paper's posting-list kernel does not read a cache",
 }
 
 
@@ -122,6 +122,10 @@ def sfa_attention_with_kvcache(
     can_drop = nonoverlap == "drop" and not cache.dense_dims and (topk_q is not None or isinstance(q, SparseCode))
     grad = torch.is_grad_enabled() and _anchor(q).requires_grad
     impl = _choose(impl, cache, q.shape[1], can_drop, grad)
+    if impl != "cuda" and _capturing(cache.device):
+        raise NotImplementedError(
+            f"impl={impl!r} reads lengths on the host, which a CUDA graph cannot capture; only 'cuda' can be captured"
+        )
 
     if isinstance(q, Tensor) and topk_q is not None and impl == "cpu" and not grad and cpu_numba.takes_cache(cache):
         q = cpu_numba.sparsify(q.to(cache.dtype), topk_q)

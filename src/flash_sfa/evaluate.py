@@ -221,8 +221,12 @@ def run(args: argparse.Namespace) -> int:
         check_tasks(args.tasks, args.data)
         if args.tokenizer == "bytes":
             raise UsageError("--tasks need a tokenizer of Transformers, not bytes")
-    if args.out is not None and not args.out.parent.is_dir():
-        raise UsageError(f"--out {args.out}: its folder does not exist")
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise UsageError(f"--out {args.out}: a folder, or in a folder that does not exist")
+    if not args.tasks and (args.data is not None or args.limit is not None):
+        raise UsageError("--data and --limit are for --tasks")
+    if len(set(args.checkpoint)) < len(args.checkpoint):
+        raise UsageError("each checkpoint must be given once")
 
     rows = []
     settings = {}

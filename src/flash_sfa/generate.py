@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """Run ``flash-sfa generate``."""
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if not args.sample and args.temperature != 1.0:
+        raise UsageError("--temperature needs --sample")
     if args.sample and not args.temperature > 0.0:
         raise UsageError(f"--temperature must be positive, got {args.temperature}")
     setting = setting_of(args)

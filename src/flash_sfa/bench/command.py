@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     summary = "a reduced grid of every bench on this machine, within 10 minutes, and one HTML report"
     everything = kinds.add_parser("all", help=summary, description=summary)
     everything.add_argument(
-        "--out", type=Path, default=Path("runs/bench"), help="folder for report.html and rows.jsonl"
+        "--out", type=Path, default=Path("runs/bench/all"), help="folder for report.html and rows; those there go"
     )
     everything.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is a GPU, without it")
     everything.add_argument("--commit", default=os.environ.get("FLASH_SFA_COMMIT", "unknown"), help="noted in the rows")

@@ -58,10 +58,15 @@ def read_rows(path: Path) -> list[Row]:
         raise UsageError(f"{path} holds no .jsonl file")
     rows: dict[tuple[Any, ...], Row] = {}
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file}: cannot be read as text ({error})") from None
+        for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-                rows[identity(row)] = row
+                row = dict(json.loads(line))
+                if "error" in row or ("impl" in row and "ms_median" in row):  # others are no timings
+                    rows[identity(row)] = row
             except (ValueError, TypeError, AttributeError):
                 raise UsageError(f"{file}, line {number}: not a row of a bench: {line[:60]!r}") from None
     return list(rows.values())

@@ -356,6 +356,10 @@ def run(tasks, begin, end, q, keys, v, sums, tables, shape, window, drop, result
                         s[j] = s[j] if hit[j] else F32(-np.inf)
                 top = _largest(s, lanes)
                 if drop and top == F32(-np.inf) and not _has_nan(s):
+                    if q_spoiled[row, q_head]:  # scores of -inf are not "sees nothing"
+                        for j in range(low, high):
+                            if hit[j]:
+                                z[r], m[r] = F32(np.nan), max(m[r], F32(0.0))
                     continue
                 factor, uses_sum = F32(1.0), False
                 if top > m[r]:

@@ -174,7 +174,8 @@ def by_feature(code: SparseCode, *, page: int = PAGE, group: int = GROUP) -> Fea
     """The keys of a code (b, sk, hkv, d), without dense_dims, by feature; in plain torch on any device.
 
     Raises:
-        ValueError: page not 32, 64, 128 or 256, group not 1, 2 or 4, group > 1 with a page of 256, or dense_dims.
+        ValueError: page not 32, 64, 128 or 256, group not 1, 2 or 4, group > 1 with a page of 256, dense_dims, or
+            more than 2^15 - 1 entries a page.
 
     Example:
         >>> import torch
@@ -194,6 +195,8 @@ def by_feature(code: SparseCode, *, page: int = PAGE, group: int = GROUP) -> Fea
     b, hkv, sk, w = values.shape
     d, pages, device = code.dim, -(-sk // page), values.device
     cap = capacity(d, w, page, group)
+    if cap > 2**15 - 1:
+        raise ValueError(f"page={page} with {w} entries a key is more than the int16 offsets of a page reach: {cap}")
     kept = torch.ones_like(indices, dtype=torch.bool)
     kept[..., 1:] = indices.diff(dim=-1) != 0
     key = torch.arange(sk, device=device)[:, None].expand(sk, w)

@@ -55,7 +55,8 @@ def compile_file(source: Path, macros: Macros, arch: str, log: TextIO | None = N
 def cubin_path(source: Path, macros: Macros, arch: str) -> Path:
     """The file that holds, or is to hold, a cubin."""
     key = hashlib.sha256(repr((source.read_text(), macros, arch)).encode()).hexdigest()[:32]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.path.expanduser("~")  # stays "~" for a user without a home
+    root = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home != "~" else tempfile.gettempdir())
     return Path(root) / "flash_sfa" / f"{source.stem}-{arch}-{key}.cubin"
 
 
@@ -133,10 +134,10 @@ def _bind(device: torch.device) -> None:
 
 def _keep(file: Path, image: bytes) -> None:
     """Write a cubin to the cache directory; a directory that cannot be written only costs the next compilation."""
+    part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            part.write(image)
-        os.replace(part.name, file)
+        part.write_bytes(image)
+        os.replace(part, file)
     except OSError:
-        pass
+        part.unlink(missing_ok=True)

@@ -116,7 +116,8 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
     if model.config._attn_implementation != attention.NAME:
         raise NotImplementedError(f"{type(model).__name__} does not take a registered attention function")
-    if at.kind == "sfa":
+    own = at.share or at.drop or at.shrink or at.split_signs or at.recent or at.map_dim or at.center
+    if at.kind == "sfa" and not own and not recipe.model.alibi:  # what enable_sfa gives too
         layers = [i for i in range(recipe.model.layers) if _chosen(config, i)]
         model.config.sfa = {"topk": stored_topk((at.topk_q, at.topk_k)), "dense_dims": at.dense_dims, "layers": layers}
     for module in attention_modules(model):
@@ -144,8 +145,10 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
     return model
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, *, whole: bool = False) -> None:
     """Load the weights of a saved model of the same shapes; tied ones are stored once.
+
+    What an idea adds to a model (sfa_...) may be missing, as in a dense model that training starts from; not if whole.
 
     Raises:
         ValueError: no such file, or weights that do not fit, with their names.
@@ -154,15 +157,15 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
     file = folder / "model.safetensors"
     if not file.is_file():
-        raise ValueError(f"train.start: {file} does not exist")
+        raise ValueError(f"{file} does not exist")
     try:
         missing, unknown = model.load_state_dict(load_file(file), strict=False)
     except RuntimeError as error:  # other shapes
-        raise ValueError(f"train.start: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
     tied: Any = getattr(model, "_tied_weights_keys", None) or ()
-    missing = [name for name in missing if name not in tied and "sfa_" not in name]
+    missing = [name for name in missing if name not in tied and (whole or "sfa_" not in name)]
     if missing or unknown:
-        raise ValueError(f"train.start: {file} lacks {missing} and has {unknown} beside the model's weights")
+        raise ValueError(f"{file} lacks {missing} and has {unknown} beside the model's weights")
 
 
 def _chosen(config: Any, layer: int) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoints import check_device
 from . import dist, models, needle
 from .attention import key_bytes
 from .pretrain import commit, pretrain, report
@@ -111,7 +112,7 @@ def load_model(folder: Path, topk: int | None = None, dense_dims: int = 0) -> tu
     Raises:
         ValueError: a run folder without a saved model, or with topk.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if (folder / "recipe.json").is_file():
         if topk is not None:
@@ -119,9 +120,8 @@ def load_model(folder: Path, topk: int | None = None, dense_dims: int = 0) -> tu
         if not (folder / "model").is_dir():
             raise ValueError(f"{folder} has no saved model; train it with train.save_last: true")
         recipe = build_recipe(json.loads((folder / "recipe.json").read_text()))
-        saved = AutoModelForCausalLM.from_pretrained(folder / "model")
-        model = models.build_model(recipe, saved.config.vocab_size)
-        model.load_state_dict(saved.state_dict())
+        model = models.build_model(recipe, AutoConfig.from_pretrained(folder / "model").vocab_size)
+        models.load_weights(model, folder / "model", whole=True)
         return model.eval(), recipe
     model = AutoModelForCausalLM.from_pretrained(folder)
     setting = getattr(model.config, "sfa", None)
@@ -203,9 +203,13 @@ def run(args: argparse.Namespace) -> int:
     from ..cli import UsageError
 
     try:
+        import matplotlib  # noqa: F401 (the heat map comes after hours of training)
+
         return _run(args)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         raise UsageError(str(error)) from error
+    except ImportError as error:
+        raise UsageError(f"this command needs {error.name}: pip install 'flash-sfa[train]'") from None
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -227,7 +231,11 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if args.overrides:
         raise ValueError("--set is for recipes")
+    check_device(args.device)
     model, trained = load_model(args.target, args.topk, args.dense_dims)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if trained is None and longest is not None and max(args.lengths or [1024]) > longest:
+        raise ValueError(f"--lengths {max(args.lengths or [1024])} is more than the {longest} positions of the model")
     model.to(args.device)
     if args.essays:
         from .prepare import load_tokenizer

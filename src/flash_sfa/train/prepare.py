@@ -253,6 +253,8 @@ def run(args: argparse.Namespace) -> int:
             wikitext=args.wikitext,
             quiet=args.quiet,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+    except ImportError as error:
+        raise UsageError(f"this command needs {error.name}: pip install 'flash-sfa[train]'") from None
     return 0

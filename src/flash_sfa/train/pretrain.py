@@ -246,6 +246,10 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
     """
     spec, m = recipe.train, recipe.model
     device = spec.device if spec.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"train.device: {str(error).splitlines()[0]}") from error
     dist.join(device)
     first, processes = dist.rank() == 0, dist.size()
     micro = spec.micro_batch or spec.batch // processes
@@ -258,10 +262,6 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         raise ValueError(f"{out} holds a run of another recipe; choose another --out")
     if row_file.is_file():
         return dict(json.loads(row_file.read_text()))
-    dist.barrier()
-    if first:
-        write_json(recipe_file, config)
-
     task = make_task(recipe)
     steps = spec.tokens // (spec.batch * m.context)
     parts = spec.batch // (micro * processes)
@@ -274,6 +274,9 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         models.load_weights(model, Path(spec.start))
     if recipe.attention.basis:
         rebase(model, recipe, task.rows(0)[: recipe.eval.batch, :-1].to(device))
+    dist.barrier()
+    if first:  # only now: a run that cannot begin leaves no folder that refuses the corrected recipe
+        write_json(recipe_file, config)
     total, active = models.count_parameters(model, recipe)
     flops = flops_per_token(model, recipe)
     if spec.fsdp:
@@ -524,8 +527,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         report(pretrain(recipe, args.out, quiet=args.quiet))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError, OverflowError) as error:
         raise UsageError(str(error)) from error
+    except ImportError as error:
+        raise UsageError(f"this command needs {error.name}: pip install 'flash-sfa[train]'") from None
     return 0
 
 

@@ -1,6 +1,7 @@
 """Recipes: small YAML files that name one experiment each."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -231,7 +232,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return build_recipe(tree)
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
@@ -241,7 +242,11 @@ def _read_tree(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold a mapping")
     base = tree.pop("base", None)
     tree.setdefault("name", path.stem)
-    return _merge(_read_tree(path.parent / base), tree) if base else tree
+    if not base:
+        return tree
+    if not isinstance(base, str) or path.resolve() in above:
+        raise ValueError(f"{path}: base must name another recipe, got {base!r}")
+    return _merge(_read_tree(path.parent / base, (*above, path.resolve())), tree)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -276,6 +281,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         shape = dict if hint == dict[str, str] else list
         if not isinstance(value, shape):
             raise ValueError(f"{where} must be a {shape.__name__}, got {value!r}")
+        kind = int if hint == list[int] else str
+        if wrong := [x for x in (value.values() if isinstance(value, dict) else value) if not isinstance(x, kind)]:
+            raise ValueError(f"{where} must hold {kind.__name__}, got {wrong[0]!r}")
         return value
     allowed = get_args(hint) or (hint,)
     if float in allowed and isinstance(value, (int, str)) and not isinstance(value, bool):
@@ -288,7 +296,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             whole = float(value)
         except ValueError as error:
             raise ValueError(f"{where} must be an integer, got {value!r}") from error
-        if whole != int(whole):
+        if not math.isfinite(whole) or whole != int(whole):
             raise ValueError(f"{where} must be an integer, got {value!r}")
         value = int(whole)
     if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
@@ -321,10 +329,15 @@ def _check(recipe: Recipe) -> None:
     ):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name} must be at least 1, got {getattr(model, name)}")
+    for name, count in (("train.log_every", train.log_every), ("eval.batch", recipe.eval.batch)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     if model.alibi and model.family != "hybrid":
         raise ValueError(f"model.alibi needs model.family hybrid, got {model.family!r}")
     if at.basis and (not train.start or at.kind == "dense" or at.map_dim or at.topk_q is not None):
         raise ValueError("attention.basis needs train.start, kind sfa with q whole, or narrow, and no map_dim")
+    if train.fsdp and at.center:
+        raise ValueError("attention.center keeps a running mean a process, which train.fsdp would not join")
     if train.fsdp and recipe.needle.train_lengths:
         raise ValueError("train.fsdp is for training on text; the needle task tests on one process")
     if model.alibi and at.path == "op":
