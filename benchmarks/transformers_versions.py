@@ -18,7 +18,10 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/test_transformers.py", "tests/test_transformers_models.py", "tests/test_evaluate.py"]
+TESTS = [
+    "tests/test_transformers.py", "tests/test_transformers_models.py", "tests/test_transformers_steps.py",
+    "tests/test_evaluate.py",
+]  # fmt: skip
 
 
 def run(version: str, folder: Path) -> dict[str, object]:

@@ -112,10 +112,10 @@ def test_topk_of_a_head_and_of_a_layer():
 def test_a_cached_step_reads_codes_only(model, monkeypatch):
     enable_sfa(model, topk=4)
     prefills, steps = [], []
-    forward, decode = sfa_hf.sfa_attention, sfa_hf.sfa_attention_with_kvcache
+    forward, decode = sfa_hf.sfa_attention, sparse_cache.sfa_attention_with_kvcache
     monkeypatch.setattr(sfa_hf, "sfa_attention", lambda q, k, v, **kw: prefills.append(k) or forward(q, k, v, **kw))
     monkeypatch.setattr(
-        sfa_hf, "sfa_attention_with_kvcache", lambda q, kv, **kw: steps.append(type(q)) or decode(q, kv, **kw)
+        sparse_cache, "sfa_attention_with_kvcache", lambda q, kv, **kw: steps.append(type(q)) or decode(q, kv, **kw)
     )
     out = generate(model, prompt(), return_dict_in_generate=True)
     cache = out.past_key_values
@@ -183,6 +183,7 @@ def looked_up():
 @pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
 def test_assisted_generation(mode, name, monkeypatch):
+    monkeypatch.setattr(sparse_cache, "SLACK", 1)
     torch.manual_seed(0)
     model = enable_sfa(MODELS[name]().eval(), topk=4)
     inputs = looked_up()
@@ -192,17 +193,22 @@ def test_assisted_generation(mode, name, monkeypatch):
     if mode == "prompt_lookup":
         assisted = generate(model, inputs, prompt_lookup_num_tokens=3)
     else:
-        assisted = generate(model, inputs, assistant_model=enable_sfa(MODELS[name]().eval(), topk=2))
+        assistant = enable_sfa(MODELS[name]().eval(), topk=2)
+        # Drafts that are longer than what a windowed layer keeps beyond its window.
+        draft = {"num_assistant_tokens": 12, "num_assistant_tokens_schedule": "constant"}
+        assistant.generation_config.update(**draft, assistant_confidence_threshold=0.0)
+        assisted = generate(model, inputs, assistant_model=assistant)
     assert any(n < 0 for n in crops)
     assert torch.equal(assisted, generate(model, inputs, use_cache=False))
 
 
 def test_the_cache_grows_and_8_bit_values(monkeypatch):
     monkeypatch.setattr(sparse_cache, "_ROOM", 1)
+    monkeypatch.setattr(sparse_cache, "_PAGE", 2)
     torch.manual_seed(0)
     model = enable_sfa(MODELS["qwen3"]().eval(), topk=4)
     caches = {
-        name: SFACache(model.config, page_size=2, **options)
+        name: SFACache(model.config, **options)
         for name, options in {
             "exact": {}, "sized": {"max_length": 40}, "int8": {"v_dtype": torch.int8}, "loose": {"tolerance": 0.05}
         }.items()
@@ -267,6 +273,8 @@ def test_layers_that_share_keys_store_them_once():
     for n in (5, 1, 20):
         q, k, v = (torch.randn(2, heads, n, 16) for heads in (4, 2, 2))
         key, value = cache.update(k, v, 0)
+        with pytest.raises(NotImplementedError, match="changes values"):
+            sfa_hf._sfa_forward(attend, q, key, value * 2, None, scaling=0.25)
         first, again = (sfa_hf._sfa_forward(attend, q, key, value, None, scaling=0.25)[0] for _ in range(2))
         assert torch.equal(first, again)
     assert cache.get_seq_length() == 26 and cache.layers[0].counts() == [26, 26]
@@ -280,6 +288,10 @@ def test_a_mask_of_ones_own_is_applied():
     seen = torch.ones(11, 11, dtype=torch.bool).tril()
     seen[6:, 2:4] = False
     whole = model(ids, attention_mask=seen[None, None].expand(2, 1, -1, -1), use_cache=False).logits
+    assert (whole - model(ids, use_cache=False).logits).abs().max() > 1e-3
+    for hidden in (torch.finfo(torch.float32).min, -torch.inf):
+        added = torch.zeros(2, 1, 11, 11).masked_fill(~seen, hidden)
+        assert torch.equal(model(ids, attention_mask=added, use_cache=False).logits, whole)
     cache = SFACache(model.config)
     model(ids[:, :7], attention_mask=seen[None, None, :7, :7].expand(2, 1, -1, -1), past_key_values=cache)
     for i, j in ((7, 10), (10, 11)):
@@ -318,8 +330,8 @@ def test_a_mask_of_keys_over_a_filled_cache_stays_causal():
     model(ids[:, 2:7], attention_mask=keys[..., :7], past_key_values=cache)
     part = model(ids[:, 7:], attention_mask=keys, past_key_values=cache).logits
     torch.testing.assert_close(part, whole[:, 7:], atol=2e-5, rtol=1e-4)
-    with pytest.raises(TypeError, match="attn_mask must be a bool tensor"):
-        model(ids[:, :1], attention_mask=torch.zeros(2, 1, 1, 12), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="a bias on the scores"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1, 1, 12), past_key_values=cache)
 
 
 def test_modules_that_do_not_know_their_layer_take_one_setting():
@@ -686,6 +698,9 @@ def test_lean_masks_on_the_cpu():
     padding[1, :2] = 0
     lean = mask(3, 9, q_offset=6, attention_mask=padding)
     assert torch.equal(lean, padding[:, None, None].bool())
+    # A step of one token over a static cache, which counts on the device.
+    assert mask(1, 1, q_offset=torch.tensor(7)) is None
+    assert mask(1, 1, q_offset=torch.tensor(7), attention_mask=padding).shape == (2, 1, 1, 1)
     # A mask that is shorter than the keys hides the rest of them.
     assert mask(3, 9, q_offset=6, attention_mask=padding[:, :8].bool()).shape == (2, 1, 3, 9)
 

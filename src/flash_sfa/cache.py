@@ -914,7 +914,9 @@ def _check_ints(values: Any, name: str, length: int | None = None, *, allow_nega
 
 
 def _index(numbers: Iterable[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(numbers), **_HOST).to(device)
+    """On the device, without waiting for it."""
+    host = torch.tensor(list(numbers), **_HOST, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def _flatten_rows(x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ which of them are padding. That function looks once, at prefill, and padding is 
 a sequence of its own length, so later steps need no mask and wait for nothing.
 """
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,15 +15,18 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..cache import SparseKVCache, _float_dtype, _positive
-from ..checks import check_fraction
+from ..checks import check_bool, check_dense_dims, check_fraction
 from ..codes import SparseCode, autocast_dtype, topk_sparsify
+from ..decode import sfa_attention_with_kvcache
 from ..ops import index_dtype
-from .settings import Topk, key_topk, layer_setting, text_config
+from .settings import Topk, key_topk, layer_setting, query_topk, text_config
 
 # Tokens beyond its window that a windowed layer keeps, so that rejected tokens can be cropped.
 SLACK = 64
 # Tokens a row that a growing cache has room for beyond its prompt.
 _ROOM = 256
+# Tokens a page.
+_PAGE = 128
 
 
 class SFACache(Cache):
@@ -35,11 +40,13 @@ class SFACache(Cache):
         v_dtype: how V is stored in SFA layers: None for the model's dtype, or torch.int8 or torch.float8_e4m3fn.
         tolerance: misplaced weight allowed on cached steps, in [0, 1), as in `sfa_attention_with_kvcache`.
         max_length: tokens a row to make room for at once; None starts small and doubles.
-        page_size: tokens a page of the `SparseKVCache` of a layer.
+        static: never grow beyond max_length, and count tokens on the device: ``generate()`` then compiles its steps on
+            a GPU, and a step of one token can be captured in a CUDA graph. Windowed layers keep all tokens.
 
     Raises:
-        ValueError: the config has no ``sfa`` setting; an argument is out of range.
-        TypeError, NotImplementedError: a v_dtype that is no float type, or is not built.
+        ValueError: the config has no ``sfa`` setting; an argument is out of range; static without max_length.
+        TypeError, NotImplementedError: a v_dtype that is no float type, or is not built; static with a layer that does
+            not store codes.
 
     Example:
         >>> import torch
@@ -61,15 +68,16 @@ class SFACache(Cache):
         v_dtype: torch.dtype | None = None,
         tolerance: float = 0.0,
         max_length: int | None = None,
-        page_size: int = 128,
+        static: bool = False,
     ) -> None:
         config = text_config(config)
         options = {
             "v_dtype": None if v_dtype is None else _float_dtype(v_dtype, "v_dtype"),
             "tolerance": check_fraction(tolerance, "tolerance"),
             "max_length": None if max_length is None else _positive(max_length, "max_length"),
-            "page_size": _positive(page_size, "page_size"),
         }
+        if check_bool(static, "static") and max_length is None:
+            raise ValueError("static=True needs max_length, the tokens a row that there is room for")
         padding = _Padding()
         own = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
         layers = []
@@ -77,10 +85,15 @@ class SFACache(Cache):
             setting = layer_setting(config, i)
             topk = None if setting is None else key_topk(setting[0])
             if setting is None or topk is None or not _plain(config, i, layer):
+                if static:
+                    raise NotImplementedError(
+                        f"static=True needs SFA in every layer, and layer {i} keeps dense keys ({type(layer).__name__})"
+                    )
                 layers.append(layer)
                 continue
             window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
-            layers.append(SFALayer(setting[0], setting[1], window=window, padding=padding, options=options))
+            kind = StaticSFALayer if static else SFALayer
+            layers.append(kind(setting[0], setting[1], window=window, padding=padding, options=options))
         super().__init__(layers=layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -136,9 +149,8 @@ class _Padding:
 class NewKeys:
     """What an SFA cache layer hands to the attention function as keys: the new rows, which are not stored yet."""
 
-    def __init__(self, layer: "SFALayer", k: Tensor, v: Tensor) -> None:
-        self.layer, self.k, self.v = layer, k, v
-        self.past: int = layer.length
+    def __init__(self, layer: "SFALayer", k: Tensor, v: Tensor, past: int) -> None:
+        self.layer, self.k, self.v, self.past = layer, k, v, past
         self.code: SparseCode | None = None
         self.stored = False
 
@@ -159,6 +171,10 @@ class NewKeys:
         if self.code is None:
             self.code = self.layer.sparsify(self.k.transpose(1, 2))
         return self.code
+
+    def to_store(self) -> Tensor | SparseCode:
+        """The new tokens as the layer takes them: as rows, unless their codes are known."""
+        return self.layer.to_store(self.k.transpose(1, 2), self.v) if self.code is None else self.code
 
     def to_code(self) -> SparseCode:
         """Codes of all tokens, (b, hkv, past + n, ...), as copies; for rows of equal lengths."""
@@ -189,6 +205,9 @@ _NO_SFA = (
     "this cache (SFACache) stores keys as top-k codes, which only attn_implementation='sfa' reads; the model's "
     "attention is another one now. Call enable_sfa(model, ...) again, or start with a new cache of Transformers' own."
 )
+
+
+_OTHER_ROWS = "this cache holds {} rows and the input has {}: a cache serves one batch of prompts; use a new SFACache"
 
 
 class SFALayer(CacheLayerMixin):
@@ -226,11 +245,8 @@ class SFALayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[NewKeys, Tensor]:
         if self.ids and key_states.shape[0] != len(self.ids):
-            raise ValueError(
-                f"this cache holds {len(self.ids)} rows and the input has {key_states.shape[0]}: a cache serves one "
-                "batch of prompts; use a new SFACache"
-            )
-        return NewKeys(self, key_states, value_states), value_states
+            raise ValueError(_OTHER_ROWS.format(len(self.ids), key_states.shape[0]))
+        return NewKeys(self, key_states, value_states, self.length), value_states
 
     def get_seq_length(self) -> int:
         return self.length
@@ -293,6 +309,11 @@ class SFALayer(CacheLayerMixin):
         """The codes that this layer stores of keys (b, n, hkv, d)."""
         return codes_of(k, key_topk(self.topk, k.shape[2]), self.dense_dims)  # type: ignore[return-value]
 
+    def to_store(self, k: Tensor, v: Tensor) -> Tensor | SparseCode:
+        """Keys (b, n, hkv, d) as a `SparseKVCache` takes them: as rows where it finds the same codes itself."""
+        by_head = isinstance(key_topk(self.topk, k.shape[2]), list)
+        return self.sparsify(k) if by_head or autocast_dtype(k) != autocast_dtype(v) else k
+
     def pool(self) -> SparseKVCache:
         """What the layer stores its tokens in."""
         if self.kv is None:
@@ -305,35 +326,52 @@ class SFALayer(CacheLayerMixin):
             return self.padding.look(mask, rows, n)
         return None
 
-    def append(self, code: SparseCode, v: Tensor, real: Tensor | None) -> None:
-        """Store new tokens, codes (b, n, hkv, ...) and v (b, n, hkv, dv), leaving out those that are not real."""
+    def append(self, k: Tensor | SparseCode, v: Tensor, real: Tensor | None) -> None:
+        """Store new tokens, keys or their codes (b, n, hkv, ...) and v (b, n, hkv, dv), but those that are not real.
+
+        Nothing here waits for the device.
+        """
         b, n = v.shape[:2]
         v = v.detach().to(autocast_dtype(v))
-        code = code.map(Tensor.detach).to(v.dtype)
+        k = _each(k, Tensor.detach).to(v.dtype)
         start = self.start
-        if self.length == 0 and self.window is not None and not self.record_past and n > self._keep():
+        if self.length == 0 and self._forgets() and n > self._keep():
             # Of a long prompt a windowed layer stores the end only.
             start = n - self._keep()
-            code, v = code.map(lambda x: x[:, start:]), v[:, start:]
+            k, v = _each(k, lambda x: x[:, start:]), v[:, start:]
         kept = real if real is None else real[:, start:] if start and self.length == 0 else real
         counts = [v.shape[1]] * b if kept is None else kept.sum(1).tolist()
         if kept is not None:
-            order = (~kept).long().argsort(dim=1, stable=True).to(v.device)
-            code, v = code.map(lambda x: take_rows(x, order)), take_rows(v, order)
+            order = _to_device((~kept).long().argsort(dim=1, stable=True), v.device)
+            k, v = _each(k, lambda x: take_rows(x, order)), take_rows(v, order)
         if self.kv is None:
-            self.kv = self._new_kv(code, v, b * self._room(n))
+            self.kv = self._new_kv(k, v, b * self._room(n))
         if not self.ids:
             self.ids = self.kv.alloc(b).tolist()
+            self.kv.reserve(0, seq_ids=self.ids)
         self._make_room(counts)
-        self.kv.append(code, v, seq_ids=self.ids, lengths=None if kept is None else counts)
+        self.kv.append(k, v, seq_ids=self.ids, lengths=None if kept is None else counts)
         if real is not None:
             before = torch.ones(b, self.length, dtype=torch.bool)
             if self.real is not None:
                 before[:, : self.real.shape[1]] = self.real
             self.real = torch.cat([before, real], dim=1)
         self.start, self.length = start, self.length + n
-        if not self.record_past and self.length - self.start > 2 * self._keep():
+        if self._forgets() and self.length - self.start > 2 * self._keep():
             self._trim()
+
+    def attend(self, q: Tensor, window: tuple[int, int], softmax_scale: float) -> Tensor:
+        """Attention of the last tokens, q (b, n, hq, d), over what is stored, which holds them already."""
+        kv, topk = self.pool(), query_topk(self.topk, q.shape[2])
+        if isinstance(topk, list):
+            rows, pair = codes_of(q, topk, self.dense_dims), None
+        else:
+            rows, pair = q, (topk, kv.topk)
+        out: Tensor = sfa_attention_with_kvcache(
+            rows, kv, seq_ids=self.ids, topk=pair, tolerance=self.options["tolerance"], window_size=window,
+            softmax_scale=softmax_scale,
+        )  # fmt: skip
+        return out
 
     def counts(self) -> list[int]:
         """Tokens that are stored, for each row."""
@@ -364,21 +402,29 @@ class SFALayer(CacheLayerMixin):
 
     # Inside
 
+    def _forgets(self) -> bool:
+        """Whether tokens behind a window are given up."""
+        return self.window is not None and not self.record_past
+
     def _keep(self) -> int:
         """Positions that a windowed layer keeps."""
         return (self.window or 1) - 1 + SLACK
 
     def _room(self, n: int) -> int:
         wanted = max(n, self.options["max_length"] or n + _ROOM)
-        if self.window is not None and not self.record_past:
+        if self._forgets():
             wanted = min(wanted, 2 * self._keep() + n)
-        return -(-wanted // self.options["page_size"]) * self.options["page_size"]
+        return -(-wanted // _PAGE) * _PAGE
 
-    def _new_kv(self, code: SparseCode, v: Tensor, max_tokens: int) -> SparseKVCache:
+    def _new_kv(self, k: Tensor | SparseCode, v: Tensor, max_tokens: int) -> SparseKVCache:
+        if isinstance(k, SparseCode):
+            dim, dims, topk = k.dim, k.dense_dims, k.topk
+        else:
+            dim, dims = k.shape[3], check_dense_dims(self.dense_dims, k.shape[3])
+            topk = min(key_topk(self.topk), dim - len(dims))  # type: ignore[type-var, assignment]
         return SparseKVCache(
-            num_kv_heads=v.shape[2], head_dim=code.dim, v_head_dim=v.shape[3], topk=code.topk,
-            dense_dims=code.dense_dims, max_tokens=max_tokens, page_size=self.options["page_size"], dtype=v.dtype,
-            v_dtype=self.options["v_dtype"], device=v.device,
+            num_kv_heads=v.shape[2], head_dim=dim, v_head_dim=v.shape[3], topk=topk, dense_dims=dims,
+            max_tokens=max_tokens, page_size=_PAGE, dtype=v.dtype, v_dtype=self.options["v_dtype"], device=v.device,
         )  # fmt: skip
 
     def _make_room(self, counts: list[int]) -> None:
@@ -399,6 +445,7 @@ class SFALayer(CacheLayerMixin):
             dtype=kv.dtype, v_dtype=kv.v_dtype, device=kv.device,
         )  # fmt: skip
         bigger.load_state_dict(kv.state_dict())
+        bigger.reserve(0, seq_ids=self.ids)
         self.kv = bigger
 
     def _trim(self) -> None:
@@ -418,6 +465,7 @@ class SFALayer(CacheLayerMixin):
         kept = SparseCode._make(parts[0], parts[1], parts[2], code.dim, code.dense_dims)
         self.kv = self._new_kv(kept, v, len(rows) * self._room(longest))
         self.ids = self.kv.alloc(len(rows)).tolist()
+        self.kv.reserve(0, seq_ids=self.ids)
         self.kv.append(kept, v, seq_ids=self.ids, lengths=counts)
         self.start = start
 
@@ -439,10 +487,166 @@ class SFALayer(CacheLayerMixin):
             taken.add(source)
         self.kv.free([i for i in self.ids if i not in taken])
         self.ids = ids
+        self.kv.reserve(0, seq_ids=ids)
         self._take_rows(rows)
 
     def _take_rows(self, rows: list[int]) -> None:
         self.real = None if self.real is None else self.real[rows]
+
+
+class StaticSFALayer(SFALayer):
+    """A layer with room for max_length positions, that counts them on the device.
+
+    After the first forward pass a step of one token is the operator `cached_step`, which torch.compile does not look
+    into and a CUDA graph can hold. Longer steps and everything else ask the device for the lengths and wait.
+    """
+
+    is_compileable = True
+    is_croppable = False  # it can be cropped, but not at every step without waiting
+
+    def _forget(self) -> None:
+        self.state: Tensor | None = None
+        self.tables: Any = None
+        self.positions: Tensor | int = 0
+        super()._forget()
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return int(self.positions)
+
+    @length.setter
+    def length(self, n: int) -> None:
+        if isinstance(self.positions, Tensor):
+            self.positions.fill_(n)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[NewKeys, Tensor]:
+        if self.state is None or key_states.shape[2] > 1:
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[return-value]
+        if key_states.shape[0] != len(self.ids):
+            raise ValueError(_OTHER_ROWS.format(len(self.ids), key_states.shape[0]))
+        return NewKeys(self, key_states, value_states, 0), value_states  # only the device knows what it holds
+
+    def get_seq_length(self) -> Any:
+        """An int at first, then a tensor on the device, as of Transformers' static layers."""
+        return self.positions
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of new tokens only: what is stored is never padding, and a step of one token needs no mask."""
+        return query_length, 0 if query_length == 1 or self.state is None else self.length
+
+    def get_max_length(self) -> int:
+        return self.options["max_length"]  # type: ignore[no-any-return]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self._be_ready(self.length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select([])
+
+    def append(self, k: Tensor | SparseCode, v: Tensor, real: Tensor | None) -> None:
+        length = self.length + v.shape[1]
+        if length > self.get_max_length():
+            raise ValueError(
+                f"{length} tokens a row do not fit into this static cache of max_length={self.get_max_length()}"
+            )
+        super().append(k, v, real)
+        if not isinstance(self.positions, Tensor):
+            with torch.inference_mode(False):
+                self.positions = torch.tensor(0, device=v.device)
+            torch._dynamo.mark_static_address(self.positions, guard=False)
+        self.length = length
+        self._be_ready(length)
+
+    def _be_ready(self, length: int) -> None:
+        """Take the pages of all steps to come."""
+        kv = self.pool()
+        kv.reserve(self.get_max_length() - length, seq_ids=self.ids)
+        tables = kv._layers[0].live
+        if self.state is None or tables is not self.tables:
+            self.state, self.tables = self._new_state(kv, tables), tables
+            _STATIC[self.state.data_ptr()] = self
+        self._only_the_device_knows(True)
+
+    def _new_state(self, kv: SparseKVCache, tables: Any) -> Tensor:
+        """A tensor by whose address a captured step is known: one for all that its kernels were given."""
+        key = None
+        if tables is not None:
+            pool = kv._layers[0]
+            held = pool.values, pool.indices, pool.dense, pool.v, pool.v_scale, pool.sums, tables.whole
+            options = self.topk, self.dense_dims, self.window, self.options, kv._config()
+            key = (kv.device, *(x.data_ptr() for x in held), tables.pages.shape, tables.sums.shape, repr(options))
+        if key in _STATES:
+            return _STATES[key]
+        with torch.inference_mode(False):
+            state = torch.zeros(1, dtype=torch.int32, device=kv.device)
+        torch._dynamo.mark_static_address(state, guard=False)
+        if key is not None:
+            _STATES[key] = state  # kept, so that no other state gets its address
+        return state
+
+    def _only_the_device_knows(self, yes: bool) -> None:
+        """Whether lengths are read back before the host uses them: a graph may have been replayed."""
+        if self.tables is not None:
+            self.tables.captured = yes
+
+    def step(self, q: Tensor, k: Tensor | None, v: Tensor | None, window: int, softmax_scale: float) -> Tensor:
+        """Store a token a row, if it is given, and attend; the host's lengths may be behind."""
+        self._only_the_device_knows(False)  # a step needs them nowhere, as its pages are taken
+        try:
+            if k is not None and v is not None:
+                self.pool().append(self.to_store(k, v), v, seq_ids=self.ids)
+            return self.attend(q, (window, 0), softmax_scale)
+        finally:
+            self._only_the_device_knows(True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of the layer has a state of its own."""
+        self.__dict__.update(state)
+        if self.state is not None:
+            self.state = self._new_state(self.pool(), self.tables)
+            _STATIC[self.state.data_ptr()] = self
+
+    def _forgets(self) -> bool:
+        return False
+
+    def _make_room(self, counts: list[int]) -> None:
+        """There is room."""
+
+    def _trim(self) -> None:
+        """Everything stays."""
+
+    def _select(self, rows: list[int]) -> None:
+        raise NotImplementedError(
+            "a static sparse cache keeps its rows; for beam search, or to select or repeat rows, leave static out"
+        )
+
+
+# Static layers by the address of their state, by which an operator in a compiled step finds its layer.
+_STATIC: weakref.WeakValueDictionary[int, StaticSFALayer] = weakref.WeakValueDictionary()
+# States on a GPU, by what a captured step reads and writes.
+_STATES: dict[Any, Tensor] = {}
+
+
+@torch.library.custom_op("flash_sfa::cached_step", mutates_args=())
+def cached_step(
+    q: Tensor, k: Tensor | None, v: Tensor | None, state: Tensor, v_head_dim: int, window: int, softmax_scale: float
+) -> Tensor:
+    """Store k (b, 1, hkv, d) and v (b, 1, hkv, dv), if given, in the layer of state, and attend from q (b, 1, hq, d).
+
+    What it writes is no argument: nothing else in a compiled step reads or writes it.
+    """
+    layer = _STATIC.get(state.data_ptr())
+    if layer is None:
+        raise RuntimeError("a compiled step of a static sparse cache ran without the state that the cache made")
+    return layer.step(q, k, v, window, softmax_scale)
+
+
+@cached_step.register_fake
+def _(
+    q: Tensor, k: Tensor | None, v: Tensor | None, state: Tensor, v_head_dim: int, window: int, softmax_scale: float
+) -> Tensor:
+    return q.new_empty(*q.shape[:3], v_head_dim)
 
 
 def codes_of(x: Tensor, topk: Any, dense_dims: Any) -> Tensor | SparseCode:
@@ -469,6 +673,15 @@ def _plain(config: Any, i: int, layer: Any) -> bool:
     kinds = getattr(config, "layer_types", None)
     kind = kinds[i] if kinds is not None else "chunked" if getattr(config, "attention_chunk_size", None) else ""
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and "chunked" not in kind
+
+
+def _each(x: Tensor | SparseCode, fn: Callable[[Tensor], Tensor]) -> Any:
+    return x.map(fn) if isinstance(x, SparseCode) else fn(x)
+
+
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of a host tensor on the device, not waited for."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def _diagonal(mask: Tensor, offset: int) -> Tensor:

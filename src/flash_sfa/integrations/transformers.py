@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.generation import GenerationMode
 from transformers.masking_utils import (
     AttentionMaskInterface,
     causal_mask_function,
@@ -26,10 +27,9 @@ from transformers.masking_utils import (
 from ..api import sfa_attention, sfa_attention_varlen
 from ..checks import is_int
 from ..codes import SparseCode, autocast_dtype
-from ..decode import sfa_attention_with_kvcache
 from ..impl.reference import visible_pairs
 from .settings import check_setting, key_topk, layer_setting, query_topk, same_for_all, text_config
-from .sparse_cache import NewKeys, SFACache, SFALayer, codes_of, take_rows
+from .sparse_cache import NewKeys, SFACache, SFALayer, StaticSFALayer, cached_step, codes_of, take_rows
 
 __all__ = [
     "SFACache", "SFALayer", "disable_sfa", "enable_sfa", "register_dense", "register_narrow", "register_sfa",
@@ -42,6 +42,9 @@ _REFUSED = {
     "s_aux": "attention sinks (s_aux)",
     "position_bias": "an additive position bias (position_bias)",
 }
+
+
+_DROPOUT = "dropout over a sparse cache; call model.eval() first"
 
 
 def register_sfa(name: str = "sfa") -> None:
@@ -165,14 +168,15 @@ def disable_sfa(model: Any) -> Any:
 def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
     """What ``generate()`` calls to make its cache: a sparse one where Transformers would make a dynamic or static one.
 
-    A static one becomes a sparse cache with room for max_cache_length tokens a row, the last argument.
+    A static one becomes a sparse cache with room for max_cache_length tokens a row, the last argument: a static one
+    where one token a row follows another, in all layers by SFA.
     """
     given = model_kwargs.get("past_key_values")
     if isinstance(given, SFACache):
         _check_reuse(given, model_kwargs.get("attention_mask"))
     type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
     made = model_kwargs.get("past_key_values")
-    if given is not None or made is None:
+    if given is not None or made is None or text_config(self.config)._attn_implementation != "sfa":
         return
     if isinstance(made, QuantizedCache) or getattr(made, "offloading", False):
         raise NotImplementedError(
@@ -180,8 +184,17 @@ def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, An
             "read; leave it out, or pass past_key_values=SFACache(model.config, v_dtype=torch.int8)"
         )
     if type(made) is StaticCache:
-        longest = kwargs.get("max_cache_length", args[-1] if args else None)
-        model_kwargs["past_key_values"] = SFACache(self.config, max_length=longest)
+        longest = max(kwargs.get("max_cache_length", args[-1] if args else 0), generation_config.max_cache_len or 0)
+        mode = kwargs.get("generation_mode", args[0] if args else None)
+        one_by_one = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        cache = SFACache(self.config, max_length=longest)
+        if (
+            one_by_one
+            and generation_config.prefill_chunk_size is None
+            and len(cache.sparse_layers()) == len(cache.layers)
+        ):
+            cache = SFACache(self.config, max_length=longest, static=True)
+        model_kwargs["past_key_values"] = cache
     elif type(made) is DynamicCache:
         model_kwargs["past_key_values"] = SFACache(self.config)
     if getattr(generation_config, "is_assistant", False):
@@ -190,7 +203,7 @@ def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, An
 
 def _check_reuse(cache: SFACache, mask: Tensor | None) -> None:
     """Refuse a filled cache for a prompt that does not continue what it holds, as far as shapes and padding tell."""
-    filled = cache.get_seq_length()
+    filled = int(cache.get_seq_length())
     if not filled or mask is None:
         return
     layers = [layer for layer in cache.sparse_layers() if layer.ids]
@@ -268,6 +281,8 @@ def _mask(
     needed, since the cache knows them. One that is not marked is applied as it is.
     """
     plain = mask_function is causal_mask_function and local_size is None and kv_offset == 0
+    if plain and attention_mask is None and q_length == kv_length == 1:
+        return None
     whole = attention_mask is None or attention_mask.shape[-1] >= kv_length
     if plain and whole and is_int(q_offset) and q_offset + q_length == kv_length and not torch.compiler.is_compiling():
         if attention_mask is None:
@@ -329,6 +344,8 @@ def _sfa_forward(
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
     topk, dense_dims = setting
+    if attention_mask is not None and attention_mask.is_floating_point() and not torch.compiler.is_compiling():
+        attention_mask = _visible(attention_mask)
     if isinstance(key, NewKeys):
         if (key.layer.topk, key.layer.dense_dims) != setting:
             raise ValueError(
@@ -369,6 +386,17 @@ def _sfa_forward(
     return sfa_attention(*rows, attn_mask=attention_mask, **options), None
 
 
+def _visible(mask: Tensor) -> Tensor:
+    """A float mask of one's own as bool: 0 shows, its dtype's smallest number and -inf hide. Waits for the device."""
+    seen = mask == 0
+    if not bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()):
+        raise NotImplementedError(
+            "a float attention mask must be 0 where a key is visible and its dtype's smallest number or -inf where "
+            "not; a bias on the scores is not supported"
+        )
+    return seen
+
+
 def _layer_of(module: nn.Module) -> int:
     """The layer's number; modules that do not know theirs can only have one setting for all."""
     index: int | None = getattr(module, "layer_idx", None)
@@ -389,14 +417,16 @@ def _cached_forward(
     Rows of the batch end at their last real token; queries that are padding give whatever they give.
     """
     layer, n, past = key.layer, query.shape[2], key.past
+    if isinstance(layer, StaticSFALayer) and layer.state is not None and n == 1:
+        return _static_step(query, key, layer, mask, scaling, dropout)
     if not key.stored and past != layer.length:
         raise ValueError("the cache changed between a layer's update and its attention; run one forward pass at a time")
     if past and dropout > 0.0:
-        raise NotImplementedError("dropout over a sparse cache; call model.eval() first")
+        raise NotImplementedError(_DROPOUT)
     if layer.window is not None:
         window = (layer.window - 1, 0)
     q, topk = _swap(query), query_topk(layer.topk, query.shape[1])
-    k, v = key.new_code(), _swap(key.v)
+    v = _swap(key.v)
     plain = mask is None or getattr(mask, "_sfa_plain", False)
     real = layer.padding_of(mask, query.shape[0], n) if (plain or past == 0) and not key.stored else None
     options: dict[str, Any] = {"window_size": window, "softmax_scale": float(scaling)}
@@ -407,7 +437,9 @@ def _cached_forward(
         if not lean:
             options["window_size"] = (-1, -1)
         rows = codes_of(q, topk, layer.dense_dims)
-        prefill = sfa_attention(rows, k, v, attn_mask=mask, causal=lean, dropout_p=float(dropout), **options)
+        prefill = sfa_attention(
+            rows, key.new_code(), v, attn_mask=mask, causal=lean, dropout_p=float(dropout), **options
+        )
         _store(key, v, real)
         return prefill
     _store(key, v, real)
@@ -420,20 +452,33 @@ def _cached_forward(
     order = None if real is None else _right_aligned(real, v.device)
     if order is not None:
         q = take_rows(q, order)
-    kv = layer.pool()
-    tolerance = layer.options["tolerance"]
-    if isinstance(topk, list):
-        rows, pair = codes_of(q, topk, layer.dense_dims), None
-    else:
-        rows, pair = q, (topk, kv.topk)
-    out: Tensor = sfa_attention_with_kvcache(rows, kv, seq_ids=layer.ids, topk=pair, tolerance=tolerance, **options)
+    out = layer.attend(q, window, float(scaling))
     return out if order is None else take_rows(out, order.argsort(dim=1))
+
+
+def _static_step(
+    query: Tensor, key: NewKeys, layer: StaticSFALayer, mask: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
+    """A step of one token over a static cache: what torch.compile and CUDA graphs see of it never changes."""
+    if dropout > 0.0:
+        raise NotImplementedError(_DROPOUT)
+    if mask is not None and mask.shape[-1] > 1:  # Transformers makes it for the new token alone
+        raise NotImplementedError("a mask of your own (4-D) over a static sparse cache; leave static out")
+    dtype = autocast_dtype(key.v)
+    q, k, v = (_swap(x).to(dtype) for x in (query, key.k, key.v))
+    rows = (None, None) if key.stored else (k, v)
+    if not key.stored:
+        layer.positions.add_(1)  # type: ignore[union-attr]
+        key.stored = True
+    window = -1 if layer.window is None else layer.window - 1
+    out: Tensor = cached_step(q, *rows, layer.state, v.shape[3], window, float(scaling))
+    return out
 
 
 def _store(key: NewKeys, v: Tensor, real: Tensor | None) -> None:
     """Append the new rows once: layers that share keys call the attention function again with the same ones."""
     if not key.stored:
-        key.layer.append(key.new_code(), v, real)
+        key.layer.append(key.to_store(), v, real)
         key.stored = True
 
 
