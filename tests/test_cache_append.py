@@ -359,3 +359,17 @@ def test_a_whole_step_is_captured_and_replayed():
         want = sfa_attention_with_kvcache(q, plain, k=k, v=v, impl="cuda")
         torch.testing.assert_close(outs[0], want, rtol=2e-2, atol=2e-2)
     assert_equal(cache, plain)
+
+
+def test_old_reservations_cost_nothing_to_read(device, monkeypatch):
+    """However many reservations graphs were captured for, one number says whether a replay failed."""
+    cache, _ = pair(device)
+    for _ in range(5):
+        ids = cache.alloc(1).tolist()
+        cache.reserve(4, seq_ids=ids)
+        captured(lambda ids=ids: cache.append(*rows(1, 1, 0, cache), seq_ids=ids), device)
+    assert len(cache._layers[0].stale) == 4
+    read, real = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self.numel()) or real(self))
+    cache._catch_up()
+    assert read == [2]  # whether an append failed, and the length of the one sequence that is reserved

@@ -87,6 +87,7 @@ class _Layer:
     tables: tuple[Any, Any] = (None, None)  # what _tables returned, and for what
     live: _Live | None = None
     stale: list[_Live] = field(default_factory=list)  # tables that a captured graph may still read
+    failed: Tensor | None = None  # (1,) on the device, not 0 after a replayed append that did not fit
 
 
 class SparseKVCache:
@@ -218,7 +219,7 @@ class SparseKVCache:
         the largest n so far moves the tables: capture again. A replay that does not fit stores nothing, and the next
         call outside of a graph raises. `free` ends the reservation of a sequence.
 
-        This path has not run on a GPU yet. Where the kernel is missing (CPU, float64), only the pages are taken.
+        Where the kernel is missing (CPU, float64), only the pages are taken.
 
         Args:
             n: tokens of each sequence from its present length on.
@@ -249,12 +250,14 @@ class SparseKVCache:
     def _new_live(self, pool: _Layer, ids: list[int]) -> _Live:
         b, sequences = len(ids), [pool.sequences[i] for i in ids]
         widths = [max((len(s) for s in tables), default=0) for tables in _reserved_tables(sequences)]
-        sizes = [b, 1, b, b, *(b * width for width in widths)]
+        sizes = [b, b, b, *(b * width for width in widths)]
         with torch.inference_mode(False):
             whole = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
-        lengths, failed, capacity, done, pages, sums = whole.split(sizes)
+            if pool.failed is None:
+                pool.failed = torch.zeros(1, dtype=torch.int32, device=self.device)
+        lengths, capacity, done, pages, sums = whole.split(sizes)
         tables = pages.view(b, widths[0]), sums.view(b, widths[1])
-        return _Live(ids, whole, lengths, failed, capacity, done, *tables, pool_sums=pool.sums)
+        return _Live(ids, whole, lengths, pool.failed, capacity, done, *tables, pool_sums=pool.sums)
 
     def _drop_live(self, pool: _Layer) -> None:
         """End a reservation on the device; graphs that still replay it store nothing."""
@@ -283,7 +286,7 @@ class SparseKVCache:
                 s.length if self._shares_last_page(pool, s) else len(table) * self.page_size
                 for s, table in zip(sequences, pages)
             ]
-            rows = [*lengths, 0, *capacity, *([0] * len(lengths))]
+            rows = [*lengths, *capacity, *([0] * len(lengths))]
             for tables, width in ((pages, live.pages.shape[1]), (sums, live.sums.shape[1])):
                 for table in tables:
                     rows += [*table, *([0] * (width - len(table)))]
@@ -295,25 +298,22 @@ class SparseKVCache:
 
     def _catch_up(self) -> None:
         """Read the lengths back that replayed graphs may have advanced; raises if one of them ran out of pages."""
-        lives = [
-            (number, pool, live)
+        watched = [
+            (number, pool, pool.live if pool.live is not None and pool.live.captured else None)
             for number, pool in enumerate(self._layers)
-            for live in (*pool.stale, pool.live)
-            if live is not None and live.captured
+            if pool.stale or (pool.live is not None and pool.live.captured)
         ]
-        if not lives or _capturing(self.device):
+        if not watched or _capturing(self.device):
             return
-        sizes = [len(live.ids) + 1 for *_, live in lives]
-        rows = torch.cat([live.whole[:size] for (*_, live), size in zip(lives, sizes)]).cpu().split(sizes)
+        parts = [x for _, pool, live in watched for x in (pool.failed, None if live is None else live.lengths)]
+        numbers = iter(torch.cat([x for x in parts if x is not None]).tolist())
         failed = []
-        for (number, pool, live), row in zip(lives, rows):
-            *lengths, full = row.tolist()
-            if live is pool.live:
-                for seq_id, length in zip(live.ids, lengths):
-                    self._grow(pool, pool.sequences[seq_id], length)
-            if full:
+        for number, pool, live in watched:
+            if next(numbers) and pool.failed is not None:
                 failed.append(number)
-                live.failed.zero_()
+                pool.failed.zero_()
+            for seq_id in () if live is None else live.ids:
+                self._grow(pool, pool.sequences[seq_id], next(numbers))
         if failed:
             raise ValueError(
                 f"a replayed append in layer {failed[0]} did not fit into the reserved pages and stored nothing; "
