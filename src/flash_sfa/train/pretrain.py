@@ -271,7 +271,10 @@ def pretrain(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any
         torch.set_float32_matmul_precision("high")
     model = models.build_model(recipe, task.vocab_size).to(device).train()
     if spec.start:
-        models.load_weights(model, Path(spec.start))
+        try:
+            models.load_weights(model, Path(spec.start))
+        except ValueError as error:
+            raise ValueError(f"train.start: {error}") from error
     if recipe.attention.basis:
         rebase(model, recipe, task.rows(0)[: recipe.eval.batch, :-1].to(device))
     dist.barrier()
