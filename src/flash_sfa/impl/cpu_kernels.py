@@ -130,6 +130,16 @@ def _score_keys(table, kept, r, indices, values, n, s, hit, drop):
 
 
 @_jit()
+def _score_stored(table, r, indices, values, w, s):
+    """Scores of a whole block from its codes as they are stored."""
+    for j in range(BLOCK):
+        total = F32(0.0)
+        for i in range(w):
+            total += table[r, indices[j * w + i]] * values[j * w + i]
+        s[j] = total
+
+
+@_jit()
 def _largest(s, lanes):
     """The maximum, NaN aside; lanes (16,) is scratch."""
     _fill(lanes, 0, 16, F32(-np.inf))
@@ -301,6 +311,18 @@ def run(tasks, begin, end, q, keys, v, sums, tables, shape, window, drop, result
             base = block * BLOCK
             n = min(BLOCK, n_k - base)
             j = 0
+            position = k_first[sequence] + base
+            inside = position % page_size
+            # One row at a time, a whole block of fp32 codes in one page is scored where it lies.
+            stored = not lists and not drop and n == BLOCK and inside + BLOCK <= page_size
+            stored = stored and k_index8.shape[0] > 0 and k_stored[3] == 0
+            first = (np.int64(pages[sequence, position // page_size]) * hkv + head) * page_size + inside
+            if stored:
+                narrow_block = k_index8[first * w : (first + BLOCK) * w]
+                float_block = k_stored[0][first * w : (first + BLOCK) * w]
+                for i in range(BLOCK):
+                    flat[i] = first + i
+                j = n
             while j < n:
                 position = k_first[sequence] + base + j
                 inside = position % page_size
@@ -319,7 +341,7 @@ def run(tasks, begin, end, q, keys, v, sums, tables, shape, window, drop, result
                         target[i] = source[i]
                 _copy(k_stored, row * w, count * w, kv_flat, j * w)
                 j += count
-            spoiled_keys = np.isnan(_total_of_zeros(kv_flat, n * w))
+            spoiled_keys = False if stored else np.isnan(_total_of_zeros(kv_flat, n * w))
             # The codes of the next block are on their way while this one is worked on (measured: 8% of a step).
             if not lists and base + 2 * BLOCK <= n_k and page_size >= BLOCK:
                 position = k_first[sequence] + base + BLOCK
@@ -342,6 +364,12 @@ def run(tasks, begin, end, q, keys, v, sums, tables, shape, window, drop, result
                 row, q_head = q_start[sequence] + (first_row + r) // group, head * group + (first_row + r) % group
                 if lists:
                     _score_lists(q_index, q_value, row, q_head, offsets, ids, listed, s, hit, drop)
+                elif stored:
+                    _score_stored(table, r, narrow_block, float_block, w, s)
+                    if np.isnan(_total_of_zeros(s, BLOCK)):
+                        for i in range(BLOCK * w):
+                            if not np.isfinite(float_block[i]):
+                                s[i // w] = F32(np.nan)
                 else:
                     _score_keys(table, kept, r, ki, kv, n, s, hit, drop)
                 if spoiled_keys:
