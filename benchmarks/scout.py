@@ -122,8 +122,9 @@ class Scout:
         same = [t for other, t in self.durations.items() if kind_of(other) == kind_of(name)]
         if same:
             return 1.03 * same[-1]
-        if self.durations:
-            return 1.03 * statistics.median(self.scaled(t, other, name) for other, t in self.durations.items())
+        trained = [(t, other) for other, t in self.durations.items() if self.tokens.get(other, 1)]
+        if trained:
+            return 1.03 * statistics.median(self.scaled(t, other, name) for t, other in trained)
         going = [(self.progress(other, start), other) for other, start in self.running.items()]
         return max((self.scaled(t, other, name) for t, other in going if t), default=0.0)
 

@@ -635,6 +635,15 @@ def test_scout_runs_a_queue_past_a_failure(
     assert [row["name"] for row in again] == ["two"]
 
 
+def test_scout_estimates_beside_runs_without_training(scout: ModuleType, tmp_path: Path) -> None:
+    state = scout.Scout(tmp_path, [], 100.0, 100.0, [])
+    state.tokens = {"dense": 4000, "fit-0": 0, "fit-5": 2000}
+    state.durations = {"fit-0": 9.0}
+    assert state.estimate("fit-5") == 0.0  # nothing is known yet
+    state.durations["dense"] = scout.START_S + 40.0
+    assert state.estimate("fit-5") == pytest.approx(1.03 * (scout.START_S + 20.0))
+
+
 def test_scout_starts_runs_from_the_models_of_others(scout: ModuleType, data_root: Path, tmp_path: Path) -> None:
     """It waits for the model, makes it again if an earlier lease had only the row, and skips what lacks one."""
     import yaml
