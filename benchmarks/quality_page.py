@@ -39,6 +39,7 @@ IDEAS = (
     "recent",
     "balance",
     "distill",
+    "match",
     "map_dim",
     "share",
     "drop",
@@ -117,12 +118,18 @@ def variants(rows: list[dict[str, Any]]) -> list[Variant]:
 
 
 def references(found: list[Variant]) -> dict[str, Variant]:
-    """The dense run of each family: the better of full width and everything at half width."""
+    """The dense run of each family: the better of full width and everything at half width.
+
+    One in which fewer features rotate counts where there is no other.
+    """
     out: dict[str, Variant] = {}
     for v in found:
         whole = v.look == "dense" or (v.look == "narrow q, k and v" and v.name.endswith("-half"))
         if whole and (v.family not in out or lower(v, out[v.family])):
             out[v.family] = v
+    for v in found:
+        if v.look == "dense, fewer features rotate":
+            out.setdefault(v.family, v)
     return out
 
 
