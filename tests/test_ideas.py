@@ -1,5 +1,6 @@
 """Ideas of recipes for training SFA: what each computes, its gradient, and that a step stays one graph."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ IDEAS = [
     {"recent": 4},
     {"balance": 0.1},
     {"distill": 0.5},
+    {"match": 0.5},
+    {"match": 0.5, "balance": 0.1},
     {"map_dim": 40},
     {"share": True},
     {"drop": True},
@@ -97,6 +100,27 @@ def test_balance_is_least_when_even() -> None:
     x = (torch.randn(2, 3, 64, 8) + torch.tensor([2.0] + [0.0] * 7)).requires_grad_()
     balance_loss(x, 2, ()).backward()
     assert (x.grad * x.sign())[..., 0].mean() > 0  # descending makes the feature of all smaller
+
+
+def test_match_is_the_distance_from_the_whole_attention() -> None:
+    q, k, v = (torch.randn(2, 2, 6, 8, requires_grad=True) for _ in range(3))
+    module = torch.nn.Module()
+    module.sfa_train = layer(3, match=0.25, balance=0.5)
+    train_attention(module, q, k, v, None, scaling=0.4)
+    total = 0.0
+    for b, h, i in itertools.product(range(2), range(2), range(6)):
+        rows = k[b, h, : i + 1]
+        whole = (q[b, h, i] @ rows.T * 0.4).softmax(-1) @ v[b, h, : i + 1]
+        ours = (keep_topk(q[b, h, i], 3) @ keep_topk(rows, 3).T * 0.4).softmax(-1) @ v[b, h, : i + 1]
+        total += float((ours - whole).detach().square().sum()) / 24
+    balance = 0.5 * (balance_loss(q, 3, ()) + balance_loss(k, 3, ()))
+    assert float((module.sfa_train.aux - balance).detach()) == pytest.approx(0.25 * total, rel=1e-3)
+    (module.sfa_train.aux - balance).backward()
+    assert (q.grad != 0).sum(-1).max() <= 3 and v.grad.any()  # nothing passes through the whole attention
+    with torch.no_grad():
+        module.sfa_train.aux = None
+        train_attention(module, q, k, v, None, scaling=0.4)
+    assert module.sfa_train.aux is None
 
 
 def test_distill_is_the_divergence() -> None:
@@ -254,7 +278,7 @@ def test_a_step_with_an_idea_is_one_graph_and_learns(data_root: Path, tmp_path: 
     assert row["complete"] and row["val"]["all"] < 400
     text = make_task(build_recipe({**tree, "attention": {"kind": "dense"}}))
     bare = text.loss(model, task.rows(0), False)
-    assert (bool(task.loss(model, task.rows(0), False) > bare)) == ("balance" in ideas or "distill" in ideas)
+    assert (bool(task.loss(model, task.rows(0), False) > bare)) == bool({"balance", "distill", "match"} & set(ideas))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +290,7 @@ def test_a_step_with_an_idea_is_one_graph_and_learns(data_root: Path, tmp_path: 
         ({"kind": "sfa", "topk_k": 4, "balance": -1}, "at least 0"),
         ({"kind": "sfa", "topk_k": 4, "map_dim": 64, "dense_dims": 4}, "map_dim does not go with"),
         ({"kind": "sfa", "topk_k": 4, "drop": True, "distill": 0.1}, "drop does not go with"),
+        ({"kind": "sfa", "topk_k": 4, "match": 1.0, "recent": 8}, "match does not go with"),
         ({"kind": "sfa", "topk_k": 4, "share": True, "balance": 0.1}, "share does not go with"),
     ],
 )

@@ -27,11 +27,11 @@ class LayerAttention:
         dense_dims: features that are always kept.
         path: "mask" or "op", for kind "sfa".
         alibi: scores lose slope * distance (path mask), see ``flash_sfa.train.recipe.ModelSpec``.
-        shrink, split_signs, anneal, fade, recent, balance, distill, map_dim, share, drop, center: see
+        shrink, split_signs, anneal, fade, recent, balance, distill, match, map_dim, share, drop, center: see
             ``flash_sfa.train.recipe.AttentionSpec``. The matrices of map_dim are the parameters sfa_map_q and sfa_map_k
             of the module, the mean of center is its buffer sfa_mean (kv_heads, features).
         progress: None (the end of the run) or the share of the run that is done, a float32 scalar tensor.
-        aux: the losses of balance and distill of the last call with gradients, None without one.
+        aux: the losses of balance, distill and match of the last call with gradients, None without one.
         k_bits: None, or the bits to which k is rounded (evaluation only), see ``quantize_keys``.
         observed: None, or a list to which each call appends its statistics (evaluation only).
         captured: None, or a list to which each call appends q, k, v as they enter top-k (evaluation only).
@@ -52,6 +52,7 @@ class LayerAttention:
     recent: int = 0
     balance: float = 0.0
     distill: float = 0.0
+    match: float = 0.0
     map_dim: int = 0
     share: bool = False
     drop: bool = False
@@ -383,7 +384,8 @@ def train_attention(
         )
         return out, None
     if at.kind == "sfa":
-        if torch.is_grad_enabled() and (at.balance or at.distill):
+        training = torch.is_grad_enabled()
+        if training and (at.balance or at.distill):
             at.aux = _aux(q, k, at, scaling, sliding_window)
         if at.recent or at.drop:
             scores = _scores(q, k, at, scaling, sliding_window)
@@ -393,7 +395,13 @@ def train_attention(
             weights = torch.where(alone, 0.0, torch.where(alone, 0.0, scores).softmax(-1))
             out = weights.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
             return out.transpose(1, 2), None
+        whole = [x.detach() for x in (q, k, v)]
         q, k = codes_of(q, at.topk_q, at), codes_of(k, at.topk_k, at)
+        if training and at.match:
+            out = _sdpa(q, k, v, scaling, sliding_window, at.alibi)
+            gap = out - _sdpa(*whole, scaling, sliding_window, at.alibi)
+            at.aux = (0.0 if at.aux is None else at.aux) + at.match * gap.float().square().sum(-1).mean()
+            return out.transpose(1, 2), None
     out = _sdpa(q, k, v, scaling, sliding_window, at.alibi)
     if at.v_dim is not None:
         out = F.pad(out, (0, dv - at.v_dim))

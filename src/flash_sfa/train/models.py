@@ -186,9 +186,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def extra_loss(model: nn.Module, recipe: Recipe) -> Tensor | float:
-    """The sum of the losses that the attention of the last forward pass left (balance, distill)."""
+    """The sum of the losses that the attention of the last forward pass left (balance, distill, match)."""
     out: Tensor | float = 0.0
-    if recipe.attention.balance or recipe.attention.distill:
+    at = recipe.attention
+    if at.balance or at.distill or at.match:
         for module in attention_modules(model):
             if module.sfa_train.aux is not None:
                 out = out + module.sfa_train.aux

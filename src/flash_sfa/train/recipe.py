@@ -18,6 +18,7 @@ IDEAS = (
     "recent",
     "balance",
     "distill",
+    "match",
     "map_dim",
     "share",
     "drop",
@@ -68,6 +69,8 @@ class AttentionSpec:
     recent: scores of the last so many tokens use q and k whole.
     balance: weight of a loss that is least when all features are kept equally often.
     distill: weight of the divergence from the layer's own attention with q and k whole.
+    match: weight of the squared distance from the layer's own output with q and k whole, summed over the features of
+        v, mean over tokens and heads: the paper's regulariser.
     map_dim: q and k of a head go through learned matrices of their own to so many features before top-k (after
         RoPE, where there is one); they begin so that scores without top-k do not change.
     share: all heads keep the same features, those with the largest sum of squares over them.
@@ -92,6 +95,7 @@ class AttentionSpec:
     recent: int = 0
     balance: float = 0.0
     distill: float = 0.0
+    match: float = 0.0
     map_dim: int = 0
     share: bool = False
     drop: bool = False
@@ -355,13 +359,15 @@ def _check(recipe: Recipe) -> None:
                 raise ValueError(f"attention.{name} must be at least 1, got {value}")
         if not 0 <= at.dense_dims < model.head_dim:
             raise ValueError(f"attention.dense_dims must lie in [0, {model.head_dim}), got {at.dense_dims}")
-        for name in ("anneal", "fade", "balance", "distill", "recent", "map_dim"):
+        for name in ("anneal", "fade", "balance", "distill", "match", "recent", "map_dim"):
             if getattr(at, name) < 0:
                 raise ValueError(f"attention.{name} must be at least 0, got {getattr(at, name)}")
         for name in ("anneal", "fade"):
             if getattr(at, name) > 1:
                 raise ValueError(f"attention.{name} is a share of the run, at most 1, got {getattr(at, name)}")
-        for one, other in (("map_dim", "dense_dims"), ("drop", "distill"), ("share", "balance")):
+        for one, other in (
+            ("map_dim", "dense_dims"), ("drop", "distill"), ("share", "balance"), ("match", "drop"), ("match", "recent")
+        ):  # fmt: skip
             if getattr(at, one) and getattr(at, other):
                 raise ValueError(f"attention.{one} does not go with attention.{other}")
         if recipe.eval.k_bits:
