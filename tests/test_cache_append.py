@@ -324,6 +324,25 @@ def test_reserve_takes_the_pages_and_an_append_uses_them():
     assert cache.used_pages() == 3 and cache._layers[0].live is None
 
 
+def test_truncate_keeps_what_was_reserved():
+    """As when rejected tokens are taken back between the replays of a graph."""
+    cache, plain = caches = pair("cpu", max_tokens=1000)
+    fill(caches, 15)
+    cache.reserve(300)
+    taken, sums = cache.used_pages(), len(cache._layers[0].free_sums)
+    for seed in range(3):
+        fill(caches, 150, seed=seed)
+        for each in caches:
+            each.truncate(None, [15] * 3)
+        assert_equal(cache, plain)
+        assert cache.used_pages() == taken > plain.used_pages() and len(cache._layers[0].free_sums) == sums
+    fork = cache.fork(0)
+    cache.truncate([0], [0])  # a page that others share is not kept
+    assert cache.seq_lengths([fork]).tolist() == [15]
+    cache.free(None)
+    assert cache.used_pages() == 0
+
+
 @pytest.mark.parametrize(
     ("n", "seq_ids", "error", "text"),
     [(1.0, None, TypeError, "n must be an int"), (-1, None, ValueError, "negative"), (1, [7], ValueError, "unknown")],

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def meta_kernels(monkeypatch):
     launched = []
 
     class Kernels:
-        def launch(self, name, *args):
+        def launch(self, name, *args, **kwargs):
             launched.append(name)
 
     monkeypatch.setattr(cuda_append, "unsupported", lambda cache: None)
@@ -79,6 +80,15 @@ def test_a_step_does_not_wait_for_the_device(name, static, topk, meta_kernels, m
             seen = torch.ones(2, 21 + i, dtype=torch.long, device="meta")
             at = torch.zeros(2, 1, dtype=torch.long, device="meta")
             model(ids[:, :1], attention_mask=seen, position_ids=at, past_key_values=cache)
+    if static:
+        count = len(meta_kernels)
+        cache.reset()
+        with monkeypatch.context() as patch:
+            patch.setattr(sparse_cache._Padding, "look", lambda *args: None)
+            model(ids, past_key_values=cache)
+        with NoWaiting():
+            model(ids[:, :1], attention_mask=seen, position_ids=at, past_key_values=cache)
+        del meta_kernels[count:]
     layers = len(cache.layers)
     assert meta_kernels.count("sfa_decode") == meta_kernels.count("sfa_combine") == layers * steps
     appends = meta_kernels.count("sfa_append")
@@ -226,8 +236,12 @@ def test_a_static_cache_of_ones_own_takes_its_room_at_once(monkeypatch):
     assert torch.equal(second, generate(model, turn, past_key_values=again, max_new_tokens=10))
     with pytest.raises(ValueError, match="max_length=45"):
         model(torch.cat([second, second], dim=1), past_key_values=cache)
+    cache.crop(-100)
+    assert int(cache.get_seq_length()) == 0
     cache.reset()
     assert torch.equal(generate(model, prompt(), past_key_values=cache, **options), first) and backend.graphs == 1
+    cache.reset()
+    cache.crop(-1)  # of nothing
 
 
 @pytest.mark.parametrize(
@@ -285,6 +299,44 @@ def test_a_static_step_without_a_mask_counts_its_own_positions():
     torch.testing.assert_close(step, model(longer, use_cache=False).logits[:, 11:], atol=2e-5, rtol=1e-4)
     again = model(ids[:, 8:9], past_key_values=cache).logits
     torch.testing.assert_close(again, parts[1][:, 2:], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_static_step_beyond_max_length_changes_nothing():
+    model = model_of("GPT-2")
+    ids, left = prompt(rows=2)["input_ids"][:, :9], torch.ones(2, 9, dtype=torch.long)
+    left[1, :3] = 0
+    cache = SFACache(model.config, static=True, max_length=10)
+    model(ids, attention_mask=left, past_key_values=cache)
+    model(ids[:, :1], past_key_values=cache)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="max_length=10"):
+            model(ids[:, :1], past_key_values=cache)
+        assert int(cache.get_seq_length()) == 10 and cache.layers[0].kv.seq_lengths().tolist() == [10, 7]
+
+
+@torch.no_grad()
+def test_a_growing_cache_fills_its_room_before_it_moves(monkeypatch):
+    monkeypatch.setattr(sparse_cache, "_PAGE", 8)
+    model = model_of("Llama")
+    cache = SFACache(model.config, max_length=32)
+    ids = prompt(rows=3, pad=False)["input_ids"][:, :9]
+    model(ids, past_key_values=cache)
+    pools = [layer.kv for layer in cache.layers]
+    for _ in range(32 - 9):
+        model(ids[:, :1], past_key_values=cache)
+    assert [layer.kv for layer in cache.layers] == pools and pools[0].used_pages() == 12
+    model(ids[:, :1], past_key_values=cache)
+    assert cache.layers[0].kv is not pools[0] and cache.get_seq_length() == 33
+
+
+def test_padding_does_not_keep_the_mask():
+    padding = sparse_cache._Padding()
+    mask = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    padding.look(mask, 2, 4)
+    seen = weakref.ref(mask)
+    del mask
+    assert seen() is None
 
 
 def test_generation_with_another_attention_takes_transformers_cache():

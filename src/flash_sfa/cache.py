@@ -53,6 +53,7 @@ class _Sequence:
     # Reserved for the next tokens, the first to be taken last.
     spare_pages: list[int] = field(default_factory=list)
     spare_sums: list[int] = field(default_factory=list)
+    reserved: int = 0  # tokens that `reserve` made room for, which a cut keeps
 
 
 @dataclass
@@ -236,7 +237,10 @@ class SparseKVCache:
         counts = [int(n)] * len(ids)
         plans = [self._plan(pool, ids, counts, number) for number, pool in enumerate(self._layers)]
         for pool, copied in zip(self._layers, plans):
-            self._extend(pool, [pool.sequences[i] for i in ids], counts, copied, spare=True)
+            sequences = [pool.sequences[i] for i in ids]
+            self._extend(pool, sequences, counts, copied, spare=True)
+            for sequence in sequences if n else ():
+                sequence.reserved = max(sequence.reserved, sequence.length + int(n))
             pool.version += 1
             if cuda_append.unsupported(self) is not None:
                 continue
@@ -416,8 +420,15 @@ class SparseKVCache:
             return
         layer.version += 1
         pages, blocks = _ceil(length, self.page_size), _ceil(length, BLOCK)
-        _release_pages(layer, sequence.pages[pages:])
-        layer.free_sums.extend(sequence.sums[blocks:])
+        kept_pages, kept_blocks = _ceil(sequence.reserved, self.page_size), _ceil(sequence.reserved, BLOCK)
+        for page in reversed(sequence.pages[pages:]):
+            if layer.refs[page] == 1 and pages + len(sequence.spare_pages) < kept_pages:
+                sequence.spare_pages.append(page)
+            else:
+                _release_pages(layer, [page])
+        for block in reversed(sequence.sums[blocks:]):
+            spare = blocks + len(sequence.spare_sums) < kept_blocks
+            (sequence.spare_sums if spare else layer.free_sums).append(block)
         sequence.pages, sequence.sums, sequence.length = sequence.pages[:pages], sequence.sums[:blocks], length
         if length % BLOCK:
             start = length // BLOCK * BLOCK

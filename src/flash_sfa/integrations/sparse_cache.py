@@ -131,18 +131,18 @@ class _Padding:
     """Which tokens of the running forward pass are padding: looked up once for all layers."""
 
     def __init__(self) -> None:
-        self.mask: Tensor | None = None
+        self.mask: weakref.ref[Tensor] | None = None
         self.real: Tensor | None = None
 
     def look(self, mask: Tensor | None, rows: int, n: int) -> Tensor | None:
         """(rows, n) bool on the host, True for real tokens; None if all are. Waits for the device."""
         if mask is None:
             return None
-        if self.mask is not mask:
+        if self.mask is None or self.mask() is not mask:
             # A token is real if it may see itself; a mask of one row says so of every key.
             own = mask[:, 0, 0, -n:] if mask.shape[-2] == 1 else _diagonal(mask[:, 0], mask.shape[-1] - n)
             real = own.detach().bool().cpu()
-            self.mask, self.real = mask, None if bool(real.all()) else real.expand(rows, n)
+            self.mask, self.real = weakref.ref(mask), None if bool(real.all()) else real.expand(rows, n)
         return self.real
 
 
@@ -433,9 +433,13 @@ class SFALayer(CacheLayerMixin):
         if kv is None:
             return
         size = kv.page_size
-        lengths = kv.seq_lengths(self.ids).tolist()
-        # Every row may also have to copy a last page that it shares.
-        needed = sum(-(-(m + c) // size) - m // size for m, c in zip(lengths, counts))
+        pool = kv._layers[0]
+        rows = [pool.sequences[i] for i in self.ids]
+        # A row that writes into a last page which it shares copies it.
+        needed = sum(
+            -(-(row.length + c) // size) - -(-row.length // size) + (c > 0 and kv._shares_last_page(pool, row))
+            for row, c in zip(rows, counts)
+        )
         used = kv.used_pages()
         if used + needed <= kv.num_pages:
             return
@@ -539,17 +543,21 @@ class StaticSFALayer(SFALayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self._be_ready(self.length)
+        if self.kv is not None:
+            self._be_ready(self.length)
+
+    def reset(self) -> None:
+        if self.tables is not None:
+            self.tables.capacity.zero_()  # graphs that still replay it store nothing
+        self.kv = None
+        self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select([])
 
     def append(self, k: Tensor | SparseCode, v: Tensor, real: Tensor | None) -> None:
         length = self.length + v.shape[1]
-        if length > self.get_max_length():
-            raise ValueError(
-                f"{length} tokens a row do not fit into this static cache of max_length={self.get_max_length()}"
-            )
+        self._check_fits(length)
         super().append(k, v, real)
         if not isinstance(self.positions, Tensor):
             with torch.inference_mode(False):
@@ -557,6 +565,12 @@ class StaticSFALayer(SFALayer):
             torch._dynamo.mark_static_address(self.positions, guard=False)
         self.length = length
         self._be_ready(length)
+
+    def _check_fits(self, length: int) -> None:
+        if length > self.get_max_length():
+            raise ValueError(
+                f"{length} tokens a row do not fit into this static cache of max_length={self.get_max_length()}"
+            )
 
     def _be_ready(self, length: int) -> None:
         """Take the pages of all steps to come."""
@@ -573,8 +587,8 @@ class StaticSFALayer(SFALayer):
         key = None
         if tables is not None:
             pool = kv._layers[0]
-            held = pool.values, pool.indices, pool.dense, pool.v, pool.v_scale, pool.sums, tables.whole
-            options = self.topk, self.dense_dims, self.window, self.options, kv._config()
+            held = pool.values, pool.indices, pool.dense, pool.v, pool.v_scale, pool.sums, tables.whole, tables.failed
+            options = self.topk, self.dense_dims, self.window, self.options["tolerance"], kv._config()
             key = (kv.device, *(x.data_ptr() for x in held), tables.pages.shape, tables.sums.shape, repr(options))
         if key in _STATES:
             return _STATES[key]
@@ -595,10 +609,17 @@ class StaticSFALayer(SFALayer):
         self._only_the_device_knows(False)  # a step needs them nowhere, as its pages are taken
         try:
             if k is not None and v is not None:
+                if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+                    self._check_fits(self._at_least() + 1)
                 self.pool().append(self.to_store(k, v), v, seq_ids=self.ids)
             return self.attend(q, (window, 0), softmax_scale)
         finally:
             self._only_the_device_knows(True)
+
+    def _at_least(self) -> int:
+        """Positions that the host knows of, padding included; replayed graphs may have added some."""
+        stored = self.pool()._layers[0].sequences[self.ids[0]].length
+        return stored + (0 if self.real is None else int((~self.real[0]).sum()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of the layer has a state of its own."""
