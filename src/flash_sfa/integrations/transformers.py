@@ -467,11 +467,11 @@ def _static_step(
     dtype = autocast_dtype(key.v)
     q, k, v = (_swap(x).to(dtype) for x in (query, key.k, key.v))
     rows = (None, None) if key.stored else (k, v)
+    window = -1 if layer.window is None else layer.window - 1
+    out: Tensor = cached_step(q, *rows, layer.state, v.shape[3], window, float(scaling))
     if not key.stored:
         layer.positions.add_(1)  # type: ignore[union-attr]
         key.stored = True
-    window = -1 if layer.window is None else layer.window - 1
-    out: Tensor = cached_step(q, *rows, layer.state, v.shape[3], window, float(scaling))
     return out
 
 
