@@ -140,6 +140,51 @@ def test_error_budget_in_low_precision(dtype, v_dtype, hkv, impl):
     assert lse.dtype == torch.float32 and ((lse - exact_lse).abs() <= 1e-5 * (1 + exact_lse.abs())).all()
 
 
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "auto"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": False},
+        {"causal": False, "window_size": (-1, 3)},
+        {"window_size": (30, 0)},
+        {"window_size": (5, 0)},
+        {"dense_dims": 3},
+        {"nonoverlap": "drop"},
+    ],
+)
+def test_a_chunk_of_a_prompt_meets_the_cache_in_spans(impl, options, monkeypatch):
+    if impl == "sdpa" and "nonoverlap" in options:
+        impl = "reference"
+    dense_dims = options.pop("dense_dims", 0)
+    lengths = [70, 21, 20, 3, 0]
+    cache = new_cache(dense_dims=dense_dims)
+    cache.alloc(len(lengths))
+    k, v = normal(5, 70, HKV, D, seed=1), normal(5, 70, HKV, DV, seed=2)
+    cache.append(k, v, lengths=lengths)
+    q = normal(5, 20, HQ, D, seed=3)
+    want = sfa_attention_with_kvcache(q, cache, impl=impl, return_lse=True, return_stats=True, **options)
+    seen = []
+
+    def spy(q, k, v, **kwargs):
+        seen.append(v.shape[1])
+        return sfa_attention(q, k, v, **kwargs)
+
+    monkeypatch.setattr(decode_module, "_SPAN", 13)
+    monkeypatch.setattr(decode_module, "sfa_attention", spy)
+    with torch.no_grad():
+        got = sfa_attention_with_kvcache(q, cache, impl=impl, return_lse=True, return_stats=True, **options)
+    assert torch.allclose(got[0], want[0], atol=1e-12) and torch.allclose(got[1], want[1], atol=1e-12)
+    assert torch.equal(got[2]["rows_read"], want[2]["rows_read"])
+    if "window_size" in options and options["window_size"][0] >= 0:
+        assert max(seen) == options["window_size"][0] + 20
+    else:
+        assert seen == [13, 13, 13, 31, 21, 20, 3]
+    seen.clear()
+    sfa_attention_with_kvcache(q.requires_grad_(), cache, impl=impl, **options)
+    assert len(seen) == 4  # one span with a gradient
+
+
 def test_a_code_as_query_and_a_step_under_autocast():
     cache, _, _ = filled(50)
     q = normal(1, 2, HQ, D, seed=5)
@@ -581,3 +626,27 @@ def test_a_gpu_cache_does_what_a_cpu_cache_does(dtype, dense_dims):
             assert torch.equal(gpu_stats["rows_read"].cpu(), stats["rows_read"])
         auto = sfa_attention_with_kvcache(rows.to(DEVICE), caches[1], window_size=options.get("window_size", (-1, -1)))
         close(auto.cpu(), out, 0.1 * v.abs().max().item() if "tolerance" in options else tol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("v_dtype", [None, torch.int8])
+def test_a_chunk_on_a_gpu_never_expands_all_keys(v_dtype, monkeypatch):
+    monkeypatch.setattr(decode_module, "_SPAN", 4096)
+    n, sq, d = 65536, 256, 128
+    cache = SparseKVCache(
+        num_kv_heads=8, head_dim=d, topk=8, max_tokens=n, page_size=256, v_dtype=v_dtype, device="cuda"
+    )
+    cache.alloc(1)
+    for seed in range(0, n, 8192):
+        k, v = (torch.randn(1, 8192, 8, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        cache.append(k, v)
+    q = torch.randn(1, sq, 16, d, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        sfa_attention_with_kvcache(q, cache)  # compiles
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, lse = sfa_attention_with_kvcache(q, cache, return_lse=True)
+        assert torch.cuda.max_memory_allocated() - before < n * 8 * d * 2 / 2  # half of the dense keys
+        want, want_lse = sfa_attention_with_kvcache(q[:, -16:], cache, return_lse=True, impl="cuda")
+    torch.testing.assert_close(out[:, -16:], want, atol=4e-3 * float(want.abs().max()), rtol=2**-6)
+    torch.testing.assert_close(lse[..., -16:], want_lse, atol=1e-4, rtol=1e-5)

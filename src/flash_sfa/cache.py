@@ -641,11 +641,16 @@ class SparseKVCache:
 
         v is in v_dtype; for 8 bits fp32, multiplied by its scale.
         """
-        pool = self._layers[self._check_layer(layer)]
+        layer = self._check_layer(layer)
         (seq_id,) = self._check_ids([seq_id], "seq_id")
+        return self._span(layer, seq_id, 0, self._layers[layer].sequences[seq_id].length)
+
+    def _span(self, layer: int, seq_id: int, start: int, stop: int) -> tuple[SparseCode, Tensor]:
+        """Tokens [start, stop) as `gather` gives them."""
+        pool = self._layers[layer]
         sequence = pool.sequences[seq_id]
         values, indices, dense, v, v_scale = (
-            self._rows(getattr(pool, name), sequence, 0, sequence.length).transpose(0, 1) for name in _POOLS
+            self._rows(getattr(pool, name), sequence, start, stop).transpose(0, 1) for name in _POOLS
         )
         return SparseCode._make(values, indices, dense, self.head_dim, self.dense_dims), self._loaded(v, v_scale)
 

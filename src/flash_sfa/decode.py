@@ -25,6 +25,8 @@ from .impl import cpu, cpu_numba, cuda_decode, reference
 from .impl import sdpa as sdpa_impl
 
 _SHORT = 16
+# Tokens whose keys are expanded at a time where a long prompt meets the cache in chunks.
+_SPAN = 2**15
 _NOT_BUILT = {
     "triton": "no Triton decode kernel is built yet",
     "intersect": "the paper's posting-list kernel does not read a cache",
@@ -72,10 +74,10 @@ def sfa_attention_with_kvcache(
         nonoverlap: "zero" or "drop", as in `sfa_attention`.
         tolerance: misplaced weight allowed, in [0, 1). "reference" and "sdpa" are exact for any.
         return_lse, return_stats: also return lse, and a dict of statistics.
-        impl: "auto" (for at most 16 queries "cpu" on the CPU and "cuda" on a GPU where it can, else "sdpa" or
-            "reference"), "cpu" (reads only the V rows it needs; any device; with numba, compiled, for an
+        impl: "auto" (for at most 16 queries "cpu" on the CPU and "cuda" on a GPU where it can, else `sfa_attention`
+            over spans of the cache), "cpu" (reads only the V rows it needs; any device; with numba, compiled, for an
             exact call on the CPU without gradient), "cuda" (the same in a kernel; exact
-            for any tolerance; no gradient), "reference" or "sdpa" (gather the cache, then `sfa_attention`).
+            for any tolerance; no gradient), "reference" or "sdpa" (`sfa_attention` over spans of the cache).
 
     Returns:
         out (b, sq, hq, dv) in the cache's dtype; then, if asked, lse (b, hq, sq), fp32 (float64 for float64), and
@@ -205,7 +207,7 @@ def _choose(impl: str, cache: SparseKVCache, sq: int, can_drop: bool, grad: bool
     problem = sdpa_impl.unsupported(cache.dtype, cache.device, can_drop=can_drop, dropout_p=0.0, deterministic=False)
     if impl == "sdpa" and problem is not None:
         raise NotImplementedError(f"impl='sdpa': {problem}")
-    if impl == "auto":
+    if impl == "auto" and cache.device.type == "cpu":
         return "sdpa" if problem is None else "reference"
     return impl
 
@@ -236,20 +238,45 @@ def _gathered(
     q: Tensor | SparseCode, cache: SparseKVCache, layer: int, ids: list[int], window: tuple[int, int],
     scale: float, nonoverlap: str, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Prefill over the cache: attention over a span of tokens at a time, so that dense keys never exist as a whole."""
     parts = []
+    grad = torch.is_grad_enabled() and _anchor(q).requires_grad
     for row, seq_id in enumerate(ids):
-        code, v = cache.gather(layer, seq_id)
-        if q.shape[1] == 0 or v.shape[0] == 0:
+        length = cache._layers[layer].sequences[seq_id].length
+        if q.shape[1] == 0 or length == 0:
             parts.append(_nothing(q, cache))
             continue
         mine = q.map(_row_of(row)) if isinstance(q, SparseCode) else q[row, None]
-        out, lse = sfa_attention(
-            mine, code.map(_add_batch), v.to(cache.dtype)[None], window_size=window, softmax_scale=scale,
-            nonoverlap=nonoverlap, return_lse=True, impl=impl,
-        )  # fmt: skip
-        rows_read = torch.full((cache.num_kv_heads,), v.shape[0], dtype=torch.int64, device=cache.device)
+        result = None
+        spans = [(0, length)] if grad else _spans(length, q.shape[1], window[0])
+        for start, stop in spans:
+            code, v = cache._span(layer, seq_id, start, stop)
+            part = sfa_attention(
+                mine, code.map(_add_batch), v.to(cache.dtype)[None], softmax_scale=scale, nonoverlap=nonoverlap,
+                window_size=window if stop == length else (-1, -1), return_lse=True, impl=impl,
+            )  # fmt: skip
+            result = part if result is None else _merge(result, part)
+        assert result is not None
+        out, lse = result
+        rows_read = torch.full((cache.num_kv_heads,), length - spans[0][0], dtype=torch.int64, device=cache.device)
         parts.append((out[0], lse[0], torch.zeros_like(lse[0]), rows_read))
     return _stack(parts, q, cache)
+
+
+def _spans(length: int, sq: int, left: int) -> list[tuple[int, int]]:
+    """The tokens to attend to, in pieces: all queries see all of each but the last, which holds the queries' own."""
+    if left >= 0:  # a window is short already
+        return [(max(0, length - sq - left), length)]
+    cuts = [0, *range(_SPAN, length - sq + 1, _SPAN)]
+    return list(zip(cuts, [*cuts[1:], length]))
+
+
+def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both: out (b, sq, hq, dv) and lse (b, hq, sq) of each."""
+    lse = torch.logaddexp(one[1], other[1])
+    base = lse.masked_fill(lse == -torch.inf, 0.0)
+    shares = [(x - base).exp().transpose(1, 2)[..., None] for x in (one[1], other[1])]
+    return one[0] * shares[0] + other[0] * shares[1], lse
 
 
 def _anchor(q: Tensor | SparseCode) -> Tensor:
