@@ -637,7 +637,7 @@ def test_a_chunk_on_a_gpu_never_expands_all_keys(v_dtype, monkeypatch):
         num_kv_heads=8, head_dim=d, topk=8, max_tokens=n, page_size=256, v_dtype=v_dtype, device="cuda"
     )
     cache.alloc(1)
-    for seed in range(0, n, 8192):
+    for _ in range(n // 8192):
         k, v = (torch.randn(1, 8192, 8, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         cache.append(k, v)
     q = torch.randn(1, sq, 16, d, device="cuda", dtype=torch.bfloat16)
