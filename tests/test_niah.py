@@ -216,3 +216,25 @@ def test_essays_by_the_command(tmp_path: Path) -> None:
     assert main(["niah", str(tmp_path), *files, *grid, "--out", str(tmp_path / "out")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and all(r["task"] == "essays" and r["trials"] == 2 for r in rows)
+    (tmp_path / "small").mkdir()
+    config.vocab_size = 290
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "small")
+    other = [
+        "niah",
+        str(tmp_path / "small"),
+        "--tokenizer",
+        str(tmp_path),
+        *files,
+        *grid,
+        "--out",
+        str(tmp_path / "o2"),
+    ]
+    assert main(other) == 2 and not (tmp_path / "o2").exists()
+
+
+@pytest.mark.parametrize("command", [["niah", "x", "--out", "y"], ["generate", "x", "y"]])
+@pytest.mark.parametrize("seed", ["-1", str(2**70), "1.5"])
+def test_bad_seed(command: list[str], seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--seed", seed])
+    assert stop.value.code == 2 and "--seed" in capsys.readouterr().err

@@ -24,6 +24,13 @@ class UsageError(Exception):
     """A mistake of the user: printed as one line, exit status 2."""
 
 
+def seed_number(text: str) -> int:
+    """A --seed: what PyTorch and NumPy both take."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 2**32), got {text}")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns its exit status (2 for a usage error, 130 after Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)

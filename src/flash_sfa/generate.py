@@ -21,7 +21,7 @@ from .checkpoints import (
     read_text,
     setting_of,
 )
-from .cli import UsageError
+from .cli import UsageError, seed_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--sample", action="store_true", help="sample; without it the likeliest token is taken")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument(
         "--dense-too", action="store_true", help="also generate with the same weights and dense attention"
     )

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ..checkpoints import check_device
+from ..cli import seed_number
 from . import dist, models, needle
 from .attention import key_bytes
 from .pretrain import commit, pretrain, report
@@ -191,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="row lengths to test, in tokens")
     parser.add_argument("--depths", type=int, default=10, help="depths at every length (default 10)")
     parser.add_argument("--trials", type=int, default=50, help="rows at every depth (default 50)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--topk", type=int, help="turn SFA on in a Transformers checkpoint")
     parser.add_argument("--dense-dims", type=int, default=0)
@@ -242,6 +243,9 @@ def _run(args: argparse.Namespace) -> int:
 
         tokenizer = load_tokenizer(args.tokenizer or args.target)[0]
         text = "\n\n".join(file.read_text(encoding="utf-8") for file in args.essays)
+        known, size = tokenizer.get_vocab_size(), model.get_input_embeddings().num_embeddings
+        if known > size:
+            raise ValueError(f"the tokenizer has {known} tokens and the model {size}: they do not belong together")
         essays = Essays(text, lambda words: list(tokenizer.encode(words, add_special_tokens=False).ids))
         cells = essay_cells(
             model,
