@@ -3,11 +3,13 @@
 Cubins are kept in the user's cache directory, keyed by source, macros and architecture. Nothing waits for the GPU.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib
 import os
+import re
 import tempfile
 import threading
 from pathlib import Path
@@ -28,7 +30,23 @@ def missing(index: int | None) -> str | None:
         return "the GPU must have compute capability 8.0 or newer"
     if cuda_core() is None:
         return "cuda-core, which compiles the kernel, is not installed: pip install 'flash-sfa[cuda]'"
+    try:
+        _compile_and_load(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+    except Exception as error:  # NVRTC is missing or broken, or the driver is too old for what it makes
+        return f"a kernel does not compile or load: {error}"
     return None
+
+
+def _compile_and_load(device: torch.device) -> None:
+    """The smallest kernel, to see whether any works."""
+    image, module = (
+        compile_text('extern "C" __global__ void f() {}', [("SFA_PROBE", "1")], architecture(device)),
+        ctypes.c_void_p(),
+    )
+    with torch.cuda.device(device):
+        _bind(device)
+        driver().call("cuModuleLoadData", ctypes.byref(module), image)
+        driver().call("cuModuleUnload", module)
 
 
 def cuda_core() -> Any:
@@ -45,16 +63,26 @@ def cuda_core() -> Any:
 
 def compile_file(source: Path, macros: Macros, arch: str, log: TextIO | None = None) -> bytes:
     """A cubin; needs cuda-core and NVRTC, but no GPU. What the compiler says goes to ``log``."""
+    return compile_text(_text(source), macros, arch, log)
+
+
+def compile_text(text: str, macros: Macros, arch: str, log: TextIO | None = None) -> bytes:
+    """As `compile_file`, of the text itself."""
     core = cuda_core()
     if core is None:
         raise RuntimeError("cuda-core is not installed: pip install 'flash-sfa[cuda]'")
     options = core.ProgramOptions(arch=arch, std="c++17", define_macro=macros)
-    return bytes(core.Program(source.read_text(), code_type="c++", options=options).compile("cubin", logs=log).code)
+    return bytes(core.Program(text, code_type="c++", options=options).compile("cubin", logs=log).code)
+
+
+def _text(source: Path) -> str:
+    """A source with the files beside it that it includes by name."""
+    return re.sub(r'^#include "(.*)"$', lambda m: _text(source.with_name(m[1])), source.read_text(), flags=re.MULTILINE)
 
 
 def cubin_path(source: Path, macros: Macros, arch: str) -> Path:
     """The file that holds, or is to hold, a cubin."""
-    key = hashlib.sha256(repr((source.read_text(), macros, arch)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((_text(source), macros, arch)).encode()).hexdigest()[:32]
     home = os.path.expanduser("~")  # stays "~" for a user without a home
     root = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home != "~" else tempfile.gettempdir())
     return Path(root) / "flash_sfa" / f"{source.stem}-{arch}-{key}.cubin"
@@ -140,4 +168,5 @@ def _keep(file: Path, image: bytes) -> None:
         part.write_bytes(image)
         os.replace(part, file)
     except OSError:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
