@@ -1,7 +1,7 @@
 // decode.cu as a library for the CPU: see host_cuda.h.
 #include "decode.cu"
 
-extern "C" int launch(int kernel, unsigned x, unsigned y, unsigned z, const Params* p, int size) {
+extern "C" int launch(int kernel, unsigned x, unsigned y, unsigned z, const Params* p, int size, int) {
   if (size != sizeof(Params)) return 1;
   if (kernel == 0) {
     host::run([p] { sfa_decode(*p); }, {x, y, z}, THREADS);

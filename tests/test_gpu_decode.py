@@ -16,34 +16,37 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_sfa import SparseKVCache, sfa_attention, sfa_attention_with_kvcache, topk_sparsify
-from flash_sfa.impl import cuda_decode
+from flash_sfa.impl import cuda_decode, cuda_decode_all
 from oracle import poisoned
 
 HERE = Path(__file__).parent
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+HEADERS = {"decode": "cuda", "decode_all": "decode_all"}
 
 
 class HostKernels:
-    def __init__(self, config):
+    def __init__(self, config, source="decode"):
+        self.source = source
         folder = Path(tempfile.mkdtemp())
         library = folder / "decode.so"
         macros = [f"-D{name}={value}" for name, value in config.macros()]
         subprocess.run(
             ["g++", "-O0", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-I", HERE, "-I",
-             cuda_decode.SOURCE.parent, '-DSFA_HOST="host_cuda.h"', *macros, "-o", library, HERE / "host_decode.cpp"],
+             cuda_decode.SOURCE.parent, f'-DSFA_HOST="host_{HEADERS[source]}.h"', *macros, "-o", library,
+             HERE / f"host_{source}.cpp"],
             check=True,
         )  # fmt: skip
         self.library = ctypes.CDLL(str(library))
         shutil.rmtree(folder)
 
-    def launch(self, name, grid, threads, params):
-        kernel = ("sfa_decode", "sfa_combine").index(name)
-        assert self.library.launch(kernel, *grid, ctypes.byref(params), ctypes.sizeof(params)) == 0
+    def launch(self, name, grid, threads, params, shared=0):
+        kernel = (f"sfa_{self.source}", "sfa_combine").index(name)
+        assert self.library.launch(kernel, *grid, ctypes.byref(params), ctypes.sizeof(params), shared) == 0
 
 
 @functools.cache
-def host_kernels(config):
-    return HostKernels(config)
+def host_kernels(config, source="decode"):
+    return HostKernels(config, source)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,7 @@ def device(request, monkeypatch):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     monkeypatch.setattr(cuda_decode, "load", lambda config, device: host_kernels(config))
+    monkeypatch.setattr(cuda_decode_all, "load", lambda config, device: host_kernels(config, "decode_all"))
     return "cpu"
 
 
@@ -87,7 +91,8 @@ def filled(
 
 
 def attend(cache, q, *, topk_q=None, window=(-1, 0), scale=None, drop=False, ids=None, span=1, coded=False, **options):
-    """coded: the kernel gets the code of q instead of q."""
+    """coded: the kernel gets the code of q instead of q. By decode.cu, unless every_row=True."""
+    options = {"every_row": False} | options
     scale = cache.head_dim**-0.5 if scale is None else scale
     topk = None if topk_q == "dense" else topk_q or cache.topk
     ids = list(cache._ids) if ids is None else ids
@@ -313,6 +318,38 @@ def test_splits(span, max_splits, device):
     for sq, window in ((1, (-1, 0)), (2, (600, 0))):
         q = normal(2, sq, 2, 64, seed=3, device=device)
         compare(cache, q, span=span, max_splits=max_splits, window=window)
+
+
+@pytest.mark.parametrize("growth", [1.0, 8.0])
+@pytest.mark.parametrize(
+    ("topk", "dv", "dtype", "v_dtype", "group"),
+    [(8, 64, BF16, None, 1), (1, 128, FP32, None, 1), (2, 64, FP16, torch.int8, 1), (8, 33, FP32, None, 1),
+     (1, 64, BF16, None, 4), (4, 128, BF16, torch.int8, 8)],
+)  # fmt: skip
+def test_rows_that_wait_in_the_queue_for_the_next_block(topk, dv, dtype, v_dtype, group, growth, device):
+    """One part, so that a warp takes five blocks; with growth the largest score is found late."""
+
+    def change(k, v):
+        k *= torch.linspace(1.0, growth, 2500, device=k.device)[None, :, None, None].to(k.dtype)
+
+    cache = filled([2500, 130], topk=topk, dv=dv, dtype=dtype, v_dtype=v_dtype, device=device, change=change)
+    q = normal(2, 1, 2 * group, 64, seed=3, dtype=dtype, device=device)
+    _, _, rows = compare(cache, q, max_splits=1)
+    assert group > 1 or (rows[0] < 2000).all()
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_rows_that_wait_keep_away_from_who_does_not_see_them(group, device):
+    """Tokens 125 to 127 alone wait; the first query sees all of them, the second all but token 125."""
+
+    def change(k, v):
+        v[0, 125, 0, 3] = torch.nan
+
+    q, options = normal(1, 2, 2 * group, 64, seed=3, device=device), {"window": (1298 - 125, 0), "max_splits": 1}
+    clean = attend(filled([1300], device=device), q, **options)[0]
+    out = attend(filled([1300], device=device, change=change), q, **options)[0]
+    assert out[0, 0, :group, 3].isnan().all() and out.isnan().sum() == group
+    torch.testing.assert_close(out[0, 1], clean[0, 1])
 
 
 def test_results_do_not_depend_on_the_batch_or_on_the_pages(device):

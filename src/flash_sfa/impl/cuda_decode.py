@@ -21,7 +21,7 @@ MAX_QUERIES, MAX_HEAD_DIM, MAX_V_HEAD_DIM = 16, 1024, 512
 SPAN, MAX_SPLITS = 4, 512
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 _COMBINE_THREADS = 512
-_SHARED = 48 * 1024
+_SHARED = 47 * 1024  # of 48 KiB, since newer architectures count the 1 KiB that the driver takes
 _CODE, _DENSE, _RANKED = 0, 1, 2  # what the kernel gets as q
 _POINTERS = (
     "q_values", "q_indices", "q_dense", "values", "indices", "dense", "v", "v_scale", "sums", "lengths", "pages",
@@ -106,12 +106,10 @@ def configure(cache: SparseKVCache, rows: int, *, query: int = _RANKED, drop: bo
     while n_rows > 1 and n_rows * twice * _accumulators(dv, size, vec) > 64:
         n_rows //= 2
     registers = n_rows * twice * _accumulators(dv, size, vec)
-    if registers <= 16 and n_rows <= 2 and d <= 256:
-        ctas = 5 if cache.dense_dims else 6
-    else:
-        ctas = 4 if registers <= 32 else 3
-    # Loads of V in flight: fewer where a warp loads several rows at once, since the last ones of a block go to waste.
-    unroll = 6 if dv * size < 32 * vec else max(2, 8 // _pieces(dv, size, vec))
+    ctas = 4 if registers <= 32 else 3
+    # Loads of V in flight: together they hold at most 32 rows, which wait in the queue.
+    at_once = _rows_a_load(dv, size, vec)
+    unroll = max(2, min((6 if at_once > 1 else 8) // _pieces(dv, size, vec), 32 // at_once))
     code, index = cache.width * cache.dtype.itemsize, cache.width * (1 if d <= 256 else 2)
     config = Config(
         D=d, W=cache.width, R=len(cache.dense_dims), DV=dv, PAGE=cache.page_size, ROWS=n_rows,
@@ -131,8 +129,9 @@ def configure(cache: SparseKVCache, rows: int, *, query: int = _RANKED, drop: bo
 
 def _shared_bytes(config: Config) -> int:
     """Shared memory of sfa_decode, a little rounded up."""
-    own = max(BLOCK * (4 + 4 * config.ROWS), config.ROWS * config.DV * 4)
     v_size, code_size = (2, 2, 4, 1, 1)[config.V], (2, 2, 4)[config.CODE]
+    queue = BLOCK + (1 + config.STAGED) * config.UNROLL * _rows_a_load(config.DV, v_size, config.VEC)
+    own = max(queue * (4 + 4 * config.ROWS), config.ROWS * config.DV * 4)
     staged = config.STAGED * config.UNROLL * _pieces(config.DV, v_size, config.VEC) * 32 * config.VEC
     ahead = config.AHEAD * BLOCK * config.W * (code_size + (1 if config.D <= 256 else 2))
     return config.WARPS * (own + staged + ahead + 64) + 4 * config.ROWS * (config.D * config.REP + config.R + 8)
@@ -141,6 +140,11 @@ def _shared_bytes(config: Config) -> int:
 def _pieces(dv: int, size: int, vec: int) -> int:
     """Loads a lane needs for its part of a V row."""
     return -(-dv * size // vec // 32)
+
+
+def _rows_a_load(dv: int, size: int, vec: int) -> int:
+    """V rows a warp loads at once."""
+    return 32 // min(32, _power_above(dv * size // vec))
 
 
 def _accumulators(dv: int, size: int, vec: int) -> int:
@@ -164,14 +168,17 @@ def attend(
     topk: int | None = None,
     span: int = SPAN,
     max_splits: int | None = None,
+    every_row: bool | None = None,
     **overrides: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out (b, sq, hq, dv), lse (b, hq, sq), misplaced (b, hq, sq), all 0, and rows_read (b, hkv).
 
     q is a code, or a tensor: with topk the kernel keeps its largest features itself, without it stays dense.
     rows_read counts what was read: query rows that do not fit into one pass read again. Without stats it and
-    misplaced are not set.
+    misplaced are not set. every_row: by decode_all.cu or not; None is what `cuda_decode_all.takes` says.
     """
+    from . import cuda_decode_all  # which imports this module
+
     b, sq, hq, _ = q.shape
     dv, hkv, device = cache.v_head_dim, cache.num_kv_heads, cache.device
     out = torch.empty(b, sq, hq, dv, dtype=cache.dtype, device=device)
@@ -184,12 +191,22 @@ def attend(
     group = hq // hkv
     most = cache.head_dim - len(cache.dense_dims)
     query = _CODE if isinstance(q, SparseCode) else _DENSE if topk is None or topk >= most else _RANKED
-    config = configure(cache, sq * group, query=query, drop=drop, **overrides)
+    if every_row is None:
+        entries = q.topk if isinstance(q, SparseCode) else None if query == _DENSE else topk
+        every_row = cuda_decode_all.takes(cache, sq * group, entries, drop=drop)
+    if every_row:
+        config = cuda_decode_all.configure(cache, sq * group, query=query, **overrides)
+        shared = dynamic = cuda_decode_all.shared_bytes(config)
+        kernel, kernels = "sfa_decode_all", cuda_decode_all.load(config, device)
+    else:
+        config = configure(cache, sq * group, query=query, drop=drop, **overrides)
+        shared, dynamic = _shared_bytes(config), 0
+        kernel, kernels = "sfa_decode", load(config, device)
     lengths, pages, sums, longest = cache._tables(layer, ids)
     left, right = (min(w, 2**30) for w in window)
     chunks = -(-sq * group // config.ROWS)
     if max_splits is None:
-        max_splits = _splits(config, hkv * chunks, device)
+        max_splits = _splits(config, shared, hkv * chunks, device)
     blocks = -(-longest // BLOCK)
     if left >= 0:
         blocks = min(blocks, (left + sq) // BLOCK + 2)
@@ -215,8 +232,7 @@ def attend(
         sq=sq, hq=hq, hkv=hkv, wq=topk or 0, left=left, right=right,
         pages_stride=pages.shape[1], sums_stride=sums.shape[1], part_stride=splits, span=span, max_splits=max_splits,
     )  # fmt: skip
-    kernels = load(config, device)
-    kernels.launch("sfa_decode", (hkv * chunks, b, splits), 32 * config.WARPS, params)
+    kernels.launch(kernel, (hkv * chunks, b, splits), 32 * config.WARPS, params, shared=dynamic)
     kernels.launch("sfa_combine", (sq * hq, b, 1), _COMBINE_THREADS, params)
     return out, lse, misplaced, rows_read
 
@@ -227,7 +243,7 @@ def _dims(dense_dims: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(dense_dims, dtype=torch.int32, device=device)
 
 
-def _splits(config: Config, columns: int, device: torch.device) -> int:
+def _splits(config: Config, shared: int, columns: int, device: torch.device) -> int:
     """The most parts of a sequence: such that one long sequence fills the GPU exactly once.
 
     Depends on the kernel's shape and the GPU, never on the batch, as results do.
@@ -236,7 +252,7 @@ def _splits(config: Config, columns: int, device: torch.device) -> int:
         return MAX_SPLITS
     gpu = torch.cuda.get_device_properties(device)
     # The driver takes 1 KiB of shared memory for itself in each thread block.
-    fit = min(config.CTAS, gpu.shared_memory_per_multiprocessor // (_shared_bytes(config) + 1024))
+    fit = min(config.CTAS, gpu.shared_memory_per_multiprocessor // (shared + 1024))
     return max(1, min(gpu.multi_processor_count * fit // columns, MAX_SPLITS))
 
 

@@ -2,8 +2,9 @@
 //
 // sfa_decode: a CTA owns a span of 128-token blocks of one (sequence, kv head) and ROWS query rows of its group.
 //   A warp takes one block at a time: every lane scores four tokens by looking the key's features up in the
-//   expanded query rows in shared memory; tokens that share a feature are compacted into a queue; their V rows are
-//   gathered, several in flight; the others enter through the block's running sum. Partial (m, Z, o) go to memory.
+//   expanded query rows in shared memory; tokens that share a feature are compacted into a queue; their V rows pass
+//   through a ring of loads that is drained once, at the end: what is left of the queue waits for the next block. The
+//   others enter through the block's running sum. Partial (m, Z, o) go to memory.
 // sfa_combine: a CTA merges the partials of one query row.
 //
 // With m the running maximum and mu = 2^-m the weight of a token without overlap:
@@ -87,6 +88,7 @@ __device__ __forceinline__ void wait_groups() {
 
 __device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 __device__ __forceinline__ u32 warp_add_u32(u32 x) { return __reduce_add_sync(~0u, x); }
+__device__ __forceinline__ u32 warp_max_u32(u32 x) { return __reduce_max_sync(~0u, x); }
 #endif
 
 constexpr int D = SFA_D, W = SFA_W, R = SFA_R, DV = SFA_DV, PAGE = SFA_PAGE, ROWS = SFA_ROWS;
@@ -120,7 +122,9 @@ constexpr bool AHEAD = SFA_AHEAD;
 constexpr int AHEAD_BYTES = AHEAD ? BLOCK * W * (CB + IB) : 16;
 
 constexpr int TABLE_FLOATS = D * REP * ROWS;
-constexpr int QUEUE_BYTES = BLOCK * (4 + 4 * ROWS), OWN_BYTES = (max_of(QUEUE_BYTES, ROWS * DV * 4) + 15) / 16 * 16;
+// V rows are taken from the queue in sets; with STAGED the set that is next is on its way already.
+constexpr int SET = RPL * UNROLL, AT_LEAST = STAGED ? 2 * SET : SET, QUEUE = BLOCK + AT_LEAST;
+constexpr int QUEUE_BYTES = QUEUE * (4 + 4 * ROWS), OWN_BYTES = (max_of(QUEUE_BYTES, ROWS * DV * 4) + 15) / 16 * 16;
 
 struct Params {
   const void *q_values, *q_indices, *q_dense;  // unless q is a code, q and the numbers of the always-on features
@@ -278,10 +282,11 @@ __device__ __forceinline__ void score_tokens(
   }
 }
 
+// Of numbers that are not NaN, by their bits in the order of the numbers.
 __device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-  return x;
+  u32 bits = __float_as_uint(x);
+  bits = warp_max_u32(bits >> 31 ? ~bits : bits | 0x80000000u);
+  return as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -349,6 +354,7 @@ __device__ __forceinline__ u32 rank(const u32 (&key)[FEATURES], int topk, int la
   return members;
 }
 
+#ifndef SFA_WITHOUT_DECODE  // decode_all.cu has its own
 extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const Params p) {
   alignas(16) __shared__ float table[TABLE_FLOATS];
   alignas(16) __shared__ float always[R > 0 ? R * ROWS : 1];
@@ -414,12 +420,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     }
     close_group();
   };
-  u32 row[TPL];
-  if constexpr (AHEAD) {
-    if (first < end) {
-      locate(first, row);
-      fetch_codes(row);
-    }
+  u32 row[TPL], v_scale[TPL];
+  auto load_scales = [&] {
+    if constexpr (SFA_V >= 3)
+#pragma unroll
+      for (int i = 0; i < TPL; ++i) load<2>(p.v_scale + row[i], &v_scale[i]);
+  };
+  if (first < end) {
+    locate(first, row);
+    if constexpr (AHEAD) fetch_codes(row);
+    load_scales();
   }
 
   // The query rows: what they see, and the table of their features.
@@ -519,16 +529,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
 
   const float* my_table = table + lane % REP * RV;
   u32* queue_row = (u32*)own[warp];
-  float* queue_weight = (float*)own[warp] + BLOCK;
+  float* queue_weight = (float*)own[warp] + QUEUE;
   const int sub = lane / LPR, column = lane % LPR;
 
-  // Lane r keeps the maximum, the weight and mu of row r.
+  // Lane r keeps the maximum, the weight and mu of row r. If there is but one, all lanes do, of the weight their share.
+  const auto mine = [&](int r) { return ROWS == 1 || lane == r; };
+  const auto of_row = [&](float x, int r) { return ROWS == 1 ? x : __shfl_sync(~0u, x, r); };
   float my_m = NEG_INF, my_z = 0.0f, my_mu = 0.0f, acc[ROWS][ACC];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
     for (int e = 0; e < ACC; ++e) acc[r][e] = 0.0f;
-  int rows_read = 0;
+  // The queue is entries next_at to tail. With STAGED the first SET are in the ring, as soon as there are so many. Some
+  // row may not see all of those before mixed_until.
+  int next_at = 0, tail = 0, mixed_until = 0, rows_read = 0;
   const u32 real = (1u << min(ROWS, total_rows - row0)) - 1;
 
 #pragma unroll 1
@@ -544,18 +558,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       edge |= !all && !none;
     }
     const int sum_row = ALL || DROP ? 0 : sum_rows[block];
-    // Some row may not see all of what is read.
-    const bool mixed = DROP || (whole & real) != real;
-    u32 next[TPL], v_scale[TPL];
-    if constexpr (AHEAD) {
-      locate(min(block + WARPS, end - 1), next);
-    } else {
-      locate(block, row);
-    }
-    if constexpr (SFA_V >= 3) {
-#pragma unroll
-      for (int i = 0; i < TPL; ++i) load<2>(p.v_scale + row[i], &v_scale[i]);
-    }
+    const bool last = block + WARPS >= end;
 
     u32 visible[TPL], flag[TPL][FLAGS];
     float s[TPL][ROWS];
@@ -566,7 +569,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
 #pragma unroll
       for (int r = 0; r < FLAGS; ++r) flag[i][r] = 0;
     }
-    if constexpr (AHEAD) wait_groups<0>();
+    if constexpr (AHEAD)
+      if (!STAGED || next_at == 0) wait_groups<0>();  // else a set passed since they were fetched: they are here, too
     constexpr int FULL = W / EC, TAIL = W % EC;
 #pragma unroll(FULL <= 2 ? 2 : 1)
     for (int c = 0; c < FULL; ++c) score_tokens<EC>(p, row, ahead[warp], c * EC, my_table, s, flag);
@@ -596,6 +600,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
         }
     }
 
+    u32 next[TPL];
+    if constexpr (AHEAD) {
+      locate(min(block + WARPS, end - 1), next);
+      if (!last) fetch_codes(next);
+    }
+
     // What is visible, what is read, and the new maxima.
     u32 read[TPL];
     int unread = 0;
@@ -614,9 +624,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
       if (!ALL && !DROP) unread += __popc(__ballot_sync(~0u, visible[i] != 0 && !read[i]));
     }
     bool use_sum = unread > 0, cancels = false;
+    __syncwarp();
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      float top = NEG_INF, weight = 0.0f, before = __shfl_sync(~0u, my_m, r);
+      float top = NEG_INF, weight = 0.0f, before = of_row(my_m, r);
 #pragma unroll
       for (int i = 0; i < TPL; ++i)
         if (visible[i] >> r & 1) top = fmaxf(top, s[i][r]);
@@ -625,7 +636,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
         float factor = power(before - top);
 #pragma unroll
         for (int e = 0; e < ACC; ++e) acc[r][e] *= factor;
-        if (lane == r) my_z *= factor;
+#pragma unroll 1
+        for (int j = next_at + lane; j < tail; j += 32) queue_weight[j * ROWS + r] *= factor;
+        if (mine(r)) my_z *= factor;
       }
       float base = finite_max(top);
 #pragma unroll
@@ -633,12 +646,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
         s[i][r] = visible[i] >> r & 1 ? power(s[i][r] - base) : 0.0f;  // the weight from here on
         weight += s[i][r];
       }
-      weight = warp_sum(weight);
-      float mu = use_sum && (whole >> r & 1) ? power(-base) : 0.0f;
-      cancels |= mu * (float)(stop - start) > 4.0f * weight;
-      if (lane == r) {
+      float mu = use_sum && (whole >> r & 1) ? power(-base) : 0.0f, all = weight;
+      // The unread alone weigh mu each: of more than a quarter of a block they are too many to cancel.
+      if (ROWS > 1 || (use_sum && 4 * unread <= BLOCK)) {
+        all = warp_sum(weight);
+        cancels |= mu * (float)(stop - start) > 4.0f * all;
+      }
+      if (mine(r)) {
         my_m = top;
-        my_z += weight;
+        my_z += ROWS == 1 ? weight : all;
         my_mu = mu;
       }
     }
@@ -651,20 +667,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     if (!ALL && !DROP) {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        float mu = __shfl_sync(~0u, my_mu, r);
+        float mu = of_row(my_mu, r);
 #pragma unroll
         for (int i = 0; i < TPL; ++i) s[i][r] -= mu;
       }
     }
 
-    // The queue of rows to read.
-    __syncwarp();
-    int count = 0;
+    // What is left of the queue moves to its front; then this block's tokens.
+    if (next_at > 0) {
+#pragma unroll 1
+      for (int j = lane; j - lane < tail - next_at; j += 32) {
+        const bool any = next_at + j < tail;
+        u32 from_row = 0;
+        if (any) from_row = queue_row[next_at + j];
+#pragma unroll
+        for (int r = 0; r < ROWS; r += RV) {
+          Floats<RV> weight;
+          if (any) weight = *(const Floats<RV>*)(queue_weight + (next_at + j) * ROWS + r);
+          __syncwarp();
+          if (any) *(Floats<RV>*)(queue_weight + j * ROWS + r) = weight;
+        }
+        if (any) queue_row[j] = from_row;
+      }
+      tail -= next_at;
+      mixed_until -= next_at;
+      next_at = 0;
+    }
+    const bool fill = tail < SET;
+    rows_read -= tail;
 #pragma unroll
     for (int i = 0; i < TPL; ++i) {
       u32 mask = __ballot_sync(~0u, read[i] != 0);
       if (read[i]) {
-        int at = count + __popc(mask & ((1u << lane) - 1));
+        int at = tail + __popc(mask & ((1u << lane) - 1));
         float scale = 1.0f;
         if constexpr (SFA_V >= 3) scale = as_float(v_scale[i] << 16);  // bf16
         queue_row[at] = row[i];
@@ -676,15 +711,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
           if (r % RV == RV - 1) *(Floats<RV>*)(queue_weight + at * ROWS + r / RV * RV) = weight;
         }
       }
-      count += __popc(mask);
+      tail += __popc(mask);
     }
     __syncwarp();
-    rows_read += count;
+    rows_read += tail;
+    if (DROP || (whole & real) != real) mixed_until = tail;
     if constexpr (AHEAD) {
 #pragma unroll
       for (int i = 0; i < TPL; ++i) row[i] = next[i];
-      if (block + WARPS < end) fetch_codes(row);
+    } else {
+      locate(min(block + WARPS, end - 1), row);
     }
+    load_scales();
 
     float sum[ACC];
     if (use_sum && sub == 0) {
@@ -722,75 +760,103 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
             few[r][e] = 0.0f;
           }
     };
-    auto add = [&](int j, const u32 (&data)[CH][WORDS]) {
-      float weight[ROWS], value[ACC];
+    auto weights = [&](int j) {
+      Floats<ROWS> weight;
 #pragma unroll
       for (int r = 0; r < ROWS; r += RV) {
         Floats<RV> part = *(const Floats<RV>*)(queue_weight + j * ROWS + r);
 #pragma unroll
-        for (int i = 0; i < RV; ++i) weight[r + i] = part.x[i];
+        for (int i = 0; i < RV; ++i) weight.x[r + i] = part.x[i];
       }
+      return weight;
+    };
+    auto add = [&](const Floats<ROWS>& weight, const u32 (&data)[CH][WORDS]) {
+      float value[ACC];
 #pragma unroll
       for (int e = 0; e < ACC; ++e) value[e] = v_element(data[e / EPV], e % EPV);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         // A row that does not see the token must not meet its V, which may not be finite.
-        if (ROWS == 1 || !mixed || weight[r] != 0.0f) {
+        if (ROWS == 1 || next_at >= mixed_until || weight.x[r] != 0.0f) {
 #pragma unroll
-          for (int e = 0; e < ACC; ++e) to[r][e] = fmaf(weight[r], value[e], to[r][e]);
+          for (int e = 0; e < ACC; ++e) to[r][e] = fmaf(weight.x[r], value[e], to[r][e]);
         }
       }
     };
-    auto v_row = [&](int j) { return (const char*)p.v + (i64)queue_row[j] * (DV * VB); };
+    auto piece = [&](u32 v_row, int k) { return (const char*)p.v + (i64)v_row * (DV * VB) + (column + k * LPR) * VEC; };
     if constexpr (STAGED) {
-      auto fetch = [&](int j, int u) {
-        if (j < count) {
+      auto fetch = [&](u32 v_row, int u) {
 #pragma unroll
-          for (int k = 0; k < CH; ++k)
-            if (column + k * LPR < CHUNKS)
-              copy_async<VEC>(staged[warp][u][k][lane], v_row(j) + (column + k * LPR) * VEC);
-        }
-        close_group();
+        for (int k = 0; k < CH; ++k)
+          if (column + k * LPR < CHUNKS) copy_async<VEC>(staged[warp][u][k][lane], piece(v_row, k));
       };
+      auto from_ring = [&](int u, u32 (&data)[CH][WORDS]) {
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) fetch(u * RPL + sub, u);
+        for (int k = 0; k < CH; ++k)
+#pragma unroll
+          for (int i = 0; i < WORDS; ++i) data[k][i] = staged[warp][u][k][lane][i];
+      };
+      u32 data[CH][WORDS];
+      if (fill && (last || tail >= SET))
 #pragma unroll 1
-      for (int base = 0; base < count; base += RPL * UNROLL) {
+        for (int u = 0; u < UNROLL; ++u) {
+          if (u * RPL + sub < tail) fetch(queue_row[u * RPL + sub], u);
+          close_group();
+        }
+#pragma unroll 1
+      for (; tail - next_at >= AT_LEAST; next_at += SET) {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-          int j = base + u * RPL + sub;
-          u32 data[CH][WORDS];
+          const int j = next_at + u * RPL + sub;
+          const u32 v_row = queue_row[j + SET];
           wait_groups<UNROLL - 1>();
-#pragma unroll
-          for (int k = 0; k < CH; ++k)
-#pragma unroll
-            for (int i = 0; i < WORDS; ++i) data[k][i] = staged[warp][u][k][lane][i];
-          fetch(j + RPL * UNROLL, u);
-          if (j < count) add(j, data);
+          from_ring(u, data);
+          const Floats<ROWS> weight = weights(j);
+          fetch(v_row, u);
+          close_group();
+          add(weight, data);
         }
         add_few();
       }
+      if (last) {
+        // What is in the ring, while what is left follows.
+#pragma unroll 1
+        for (; next_at < tail; next_at += SET) {
+          wait_groups<0>();
+#pragma unroll 1
+          for (int u = 0; u < UNROLL; ++u) {
+            const int j = next_at + u * RPL + sub;
+            from_ring(u, data);
+            if (j + SET < tail) fetch(queue_row[j + SET], u);
+            if (j < tail) add(weights(j), data);
+          }
+          close_group();
+          add_few();
+        }
+      }
     } else {
 #pragma unroll 1
-      for (int base = 0; base < count; base += RPL * UNROLL) {
+      for (; tail - next_at >= (last ? 1 : AT_LEAST); next_at += SET) {
         u32 data[UNROLL][CH][WORDS];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-          int j = base + u * RPL + sub;
+          const int j = next_at + u * RPL + sub;
 #pragma unroll
           for (int k = 0; k < CH; ++k)
-            if (j < count && column + k * LPR < CHUNKS) load<VEC>(v_row(j) + (column + k * LPR) * VEC, data[u][k]);
+            if (j < tail && column + k * LPR < CHUNKS) load<VEC>(piece(queue_row[j], k), data[u][k]);
         }
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
-          if (base + u * RPL + sub < count) add(base + u * RPL + sub, data[u]);
+        for (int u = 0; u < UNROLL; ++u) {
+          const int j = next_at + u * RPL + sub;
+          if (j < tail) add(weights(j), data[u]);
+        }
         add_few();
       }
     }
     if (use_sum) {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        float mu = __shfl_sync(~0u, my_mu, r);
+        float mu = of_row(my_mu, r);
         if (sub == 0 && (ROWS == 1 || mu != 0.0f)) {
 #pragma unroll
           for (int e = 0; e < ACC; ++e)
@@ -800,6 +866,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     }
   }
 
+  if (ROWS == 1) my_z = warp_sum(my_z);
   // Merge the lanes that hold the same columns, then the warps.
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
@@ -850,6 +917,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SFA_CTAS) sfa_decode(const
     }
   }
 }
+#endif
 
 constexpr int COMBINE_WARPS = 16, CV = DV % 4 == 0 ? 4 : 1, CC = (DV / CV + 31) / 32;
 constexpr int DEPTH = max_of(1, 8 / CC), AT_ONCE = COMBINE_WARPS * DEPTH;  // partials a warp and all warps load at once
