@@ -388,7 +388,7 @@ def test_compiles_almost_without_spills(arch, config, tmp_path):
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     file = tmp_path / "intersect.cubin"
     d, dv, topk, dtype, drop = config
-    groups = {"WGMMA": int(dtype != FP32), "AHEAD": int(topk < 32)} if arch == "sm_90a" else {}
+    groups = {"WGMMA": int(dtype != FP32), "AHEAD": int(topk < 32)} if arch == "sm_90a" else {"WGMMA": 0}
     chosen = intersect.configure(d, dv, topk, topk, dtype, drop, (int(arch[3]), 0), **groups)
     file.write_bytes(intersect.nvrtc.compile_file(intersect.SOURCE, chosen.macros(), arch))
     usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout

@@ -24,8 +24,6 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # Shared memory of a thread block, and of a multiprocessor, in bytes; by the lower compute capability, the first fits.
 _SHARED = {(9, 0): (227 * 1024, 228 * 1024), (8, 0): (163 * 1024, 164 * 1024)}
 _SMALL = (99 * 1024, 100 * 1024)
-# Not yet run on a GPU, so off: fetching the lists of the next page ahead; P V by warpgroups (wgmma) on Hopper.
-_AHEAD = _WARPGROUPS = False
 LOG2E = 1.4426950408889634
 
 
@@ -157,12 +155,13 @@ def configure(
     while config.shared > most and config.WARPS > 1:
         config = replace(config, WARPS=config.WARPS - 1)
     # Lists of the next page come ahead where that costs neither a warp nor the second block.
-    ahead = replace(config, AHEAD=int(_AHEAD))
+    ahead = replace(config, AHEAD=1)
     if ahead.shared <= most and ahead.CTAS * (ahead.shared + 1024) <= total:
         config = ahead
-    fits = config.KIND != 2 and config.WARPS % 4 == 0 and dvc in (64, 128)
-    config = replace(config, WGMMA=int(_WARPGROUPS and fits and capability == (9, 0)))
     config = replace(config, **overrides)
+    if "WGMMA" not in overrides:  # P V by warpgroups
+        fits = config.KIND != 2 and config.WARPS % 4 == 0 and dvc in (64, 128)
+        config = replace(config, WGMMA=int(fits and capability == (9, 0)))
     if config.shared > most:
         raise NotImplementedError(
             f"impl='intersect': tiles need {config.shared} bytes of shared memory, this GPU has {most} a block"
