@@ -399,7 +399,7 @@ def train_attention(
         q, k = codes_of(q, at.topk_q, at), codes_of(k, at.topk_k, at)
         if training and at.match:
             out = _sdpa(q, k, v, scaling, sliding_window, at.alibi)
-            gap = out - _sdpa(*whole, scaling, sliding_window, at.alibi)
+            gap = out - _sdpa(whole[0], whole[1], whole[2], scaling, sliding_window, at.alibi)
             at.aux = (0.0 if at.aux is None else at.aux) + at.match * gap.float().square().sum(-1).mean()
             return out.transpose(1, 2), None
     out = _sdpa(q, k, v, scaling, sliding_window, at.alibi)
