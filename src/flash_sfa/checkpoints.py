@@ -26,16 +26,19 @@ class Bytes:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint, which SFA setting, where to run."""
+def add_model_arguments(parser: argparse.ArgumentParser, generates: bool = True) -> None:
+    """Which checkpoint, which SFA setting, where to run; with the options of the sparse cache where it generates."""
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the checkpoint's; 'bytes' for byte-level models")
     parser.add_argument("--topk", help="8; or topk_q,topk_k with 'none' for a dense side; or JSON, an entry a layer")
     parser.add_argument("--dense-dims", default="0", help="features always kept: a number, or 'rotary'")
     parser.add_argument("--layers", help="layers to change: numbers with commas, or 'global' (default: all)")
-    parser.add_argument(
-        "--v-dtype", choices=("int8", "float8_e4m3fn"), help="V of the sparse cache in 8 bits (generation)"
-    )
-    parser.add_argument("--tolerance", type=float, default=0.0, help="weight a cached step may misplace (generation)")
+    if generates:
+        parser.add_argument(
+            "--v-dtype", choices=("int8", "float8_e4m3fn"), help="V of the sparse cache in 8 bits (generation)"
+        )
+        parser.add_argument(
+            "--tolerance", type=float, default=0.0, help="weight a cached step may misplace (generation)"
+        )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 

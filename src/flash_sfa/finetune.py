@@ -1,6 +1,7 @@
 """``flash-sfa finetune``: adapt a dense Transformers checkpoint to Sparse Feature Attention."""
 
 import argparse
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .checkpoints import (
     add_model_arguments,
+    check_device,
     enable,
     encode,
     import_transformers,
@@ -18,8 +20,9 @@ from .checkpoints import (
     load_tokenizer,
     read_text,
     setting_of,
+    short,
 )
-from .cli import UsageError
+from .cli import UsageError, seed_number
 
 # What may differ between a run and its --resume.
 _FREE = {"resume", "device", "log_steps", "save_steps", "run", "command"}
@@ -41,15 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--regulariser", type=float, default=0.1, metavar="LAMBDA", help="weight of R; 0 without it")
     parser.add_argument("--regulariser-end", type=float, metavar="LAMBDA", help="its weight at the end")
     parser.add_argument("--topk-from", type=int, metavar="N", help="topk at the first step, falling to --topk")
-    parser.add_argument("--topk-steps", type=int, default=0, metavar="N", help="steps until it is there")
+    parser.add_argument("--topk-steps", type=int, default=0, metavar="N", help="steps until it is there, below --steps")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank and merge them (peft)")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--fsdp", action="store_true", help="FSDP2 instead of DDP, under torchrun")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--log-steps", type=int, default=10)
     parser.add_argument("--save-steps", type=int, default=250)
-    add_model_arguments(parser)
+    add_model_arguments(parser, generates=False)
 
 
 def rows_of(ids: Tensor, length: int) -> list[dict[str, list[int]]]:
@@ -63,10 +66,12 @@ def run(args: argparse.Namespace) -> int:
     setting = _check(args)
     text = "\n".join(read_text(path, "--text") for path in args.text)
     held_out = None if args.eval_text is None else read_text(args.eval_text, "--eval-text")
+    settings = _settings(args, text)
+    _check_out(args, settings)
+    options = _options(args)
     tokenizer = load_tokenizer(args.checkpoint, args.tokenizer)
-    device, args.device = args.device, "cpu"  # the Trainer moves the model
-    model = load_model(args.checkpoint, args).float()
-    args.device = device
+    on_cpu = argparse.Namespace(**(vars(args) | {"device": "cpu"}))  # the Trainer moves the model
+    model = load_model(args.checkpoint, on_cpu).float()
     enable(model, setting, args.checkpoint)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and args.length > longest:
@@ -75,25 +80,24 @@ def run(args: argparse.Namespace) -> int:
     rows = rows_of(ids, args.length)
     if not rows:
         raise UsageError(f"--text holds {ids.shape[1]} tokens, less than one row of --length {args.length}")
-    config = model.config
+    if held_out is not None and encode(tokenizer, held_out, model).shape[1] < 2:
+        raise UsageError(f"--eval-text {args.eval_text}: too short, at least 2 tokens are needed")
     if args.lora is not None:
         model = _with_lora(model, args.lora)
-    trainer = _trainer(model, rows, args)
+    trainer = _trainer(model, rows, args, options)
     main = trainer.is_world_process_zero()
     if main:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "finetune.json").write_text(json.dumps(_settings(args), indent=2) + "\n")
+        (args.out / "finetune.json").write_text(json.dumps(settings, indent=2) + "\n")
     trainer.train(resume_from_checkpoint=True if args.resume else None)
-    if trainer.is_fsdp_enabled:
-        weights = trainer.accelerator.get_state_dict(trainer.model)
-    else:
-        weights = None
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if main:
-        result = trainer.accelerator.unwrap_model(trainer.model)
-        if args.lora is not None:
-            result = result.merge_and_unload()
-        result.config = config
-        result.save_pretrained(args.out / "model", state_dict=weights)
+        if weights is None:
+            result = trainer.accelerator.unwrap_model(trainer.model)
+            weights = (result if args.lora is None else result.merge_and_unload()).state_dict()
+        result = load_model(args.checkpoint, on_cpu)  # has the dtypes to save in
+        enable(result, setting, args.checkpoint)
+        result.load_state_dict(weights)
+        result.save_pretrained(args.out / "model")
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(args.out / "model")
         print(f"checkpoint: {args.out / 'model'}; log: {args.out / 'log.jsonl'}")
@@ -103,7 +107,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that can be wrong before a model is loaded; returns the setting of SFA."""
+    """What can be wrong with the arguments alone; returns the setting of SFA."""
+    rank = os.environ.get("LOCAL_RANK", "0")  # of torchrun, which has a GPU for each
+    check_device(f"cuda:{rank}" if args.device == "cuda" else args.device)
     for name in ("steps", "batch", "accumulate", "log_steps", "save_steps"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -120,12 +126,25 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     setting = setting_of(args)
     if setting is None:
         raise UsageError("--topk is needed")
+    if args.lora is not None:
+        _import_peft()
+    return setting
+
+
+def _check_out(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Whether --out is a new or empty folder, or with --resume one of a run with these settings."""
+    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {args.out}: {there} is not a folder that can be written to")
     stored = args.out / "finetune.json"
     if args.resume:
         if not stored.is_file() or not list(args.out.glob("checkpoint-*")):
             raise UsageError(f"--resume: {args.out} holds no checkpoint of a run")
-        before = json.loads(stored.read_text())
-        changed = [name for name, value in _settings(args).items() if before.get(name) != value]
+        try:
+            before = dict(json.loads(stored.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise UsageError(f"--resume: {stored} cannot be read ({short(error)})") from None
+        changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
             raise UsageError(
                 f"--resume: {args.out} was started with another "
@@ -133,14 +152,12 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
             )
     elif args.out.exists() and any(args.out.iterdir()) and int(os.environ.get("RANK", "0")) == 0:
         raise UsageError(f"--out {args.out} is not empty; use --resume, or another folder")
-    if args.lora is not None:
-        _import_peft()
-    return setting
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that decide the result, as they go into a file."""
+def _settings(args: argparse.Namespace, text: str) -> dict[str, Any]:
+    """What decides the result, as it goes into a file: the arguments and a hash of the text."""
     plain = {name: value for name, value in vars(args).items() if name not in _FREE and not callable(value)}
+    plain["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     return json.loads(json.dumps(plain, default=str))  # type: ignore[no-any-return]
 
 
@@ -158,25 +175,50 @@ def _with_lora(model: Any, rank: int) -> Any:
     return peft.get_peft_model(model, options)
 
 
-def _trainer(model: Any, rows: list[dict[str, list[int]]], args: argparse.Namespace) -> Any:
+def _options(args: argparse.Namespace) -> Any:
+    """The Trainer's arguments, for the device that was asked for and one GPU a process."""
+    transformers = import_transformers()
+    wanted, several = torch.device(args.device), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        options = transformers.TrainingArguments(
+            str(args.out), max_steps=args.steps, per_device_train_batch_size=args.batch,
+            gradient_accumulation_steps=args.accumulate, learning_rate=args.lr, warmup_steps=args.warmup,
+            lr_scheduler_type="cosine", bf16=args.bf16, gradient_checkpointing=args.gradient_checkpointing,
+            logging_steps=args.log_steps, save_steps=args.save_steps, save_total_limit=2, seed=args.seed,
+            report_to="none", use_cpu=wanted.type == "cpu", remove_unused_columns=False,
+            fsdp=["full_shard"] if args.fsdp else None, fsdp_config={"version": 2} if args.fsdp else None,
+            ddp_find_unused_parameters=False if several else None,
+        )  # fmt: skip
+        taken = options.device
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UsageError(f"Transformers refuses these arguments: {short(error)}") from error
+    allowed = {None} if several else {None, taken.index or 0}
+    if wanted.type != taken.type or wanted.index not in allowed:
+        raise UsageError(
+            f"--device {args.device}: the Trainer takes {taken}; choose another GPU by CUDA_VISIBLE_DEVICES, without "
+            "an index here"
+        )
+    if options.n_gpu > 1:
+        options._n_gpu = 1  # the Trainer would take all GPUs in one process
+    return options
+
+
+def _trainer(model: Any, rows: list[dict[str, list[int]]], args: argparse.Namespace, options: Any) -> Any:
     transformers = import_transformers()
     from .integrations.adapt import AdaptTrainer
 
+    file = args.out / "log.jsonl"
+
     class Log(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+        def on_train_begin(self, _: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero and file.is_file():
+                file.write_text(_until(file.read_text(), state.global_step))
+
         def on_log(self, _: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if state.is_world_process_zero and logs:
-                with (args.out / "log.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                with file.open("a") as log:
+                    log.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
-    options = transformers.TrainingArguments(
-        str(args.out), max_steps=args.steps, per_device_train_batch_size=args.batch,
-        gradient_accumulation_steps=args.accumulate, learning_rate=args.lr, warmup_steps=args.warmup,
-        lr_scheduler_type="cosine", bf16=args.bf16, gradient_checkpointing=args.gradient_checkpointing,
-        logging_steps=args.log_steps, save_steps=args.save_steps, save_total_limit=2, seed=args.seed,
-        report_to="none", use_cpu=args.device == "cpu", remove_unused_columns=False,
-        fsdp=["full_shard"] if args.fsdp else None, fsdp_config={"version": 2} if args.fsdp else None,
-        ddp_find_unused_parameters=False if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-    )  # fmt: skip
     try:
         return AdaptTrainer(
             model, options, train_dataset=rows, data_collator=transformers.default_data_collator, callbacks=[Log()],
@@ -185,6 +227,20 @@ def _trainer(model: Any, rows: list[dict[str, list[int]]], args: argparse.Namesp
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _until(log: str, step: int) -> str:
+    """The lines of a log up to a step, which a resumed run goes on from; what follows comes again."""
+    kept = []
+    for line in log.splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # half a line, of a run that was killed
+            break
+        if entry["step"] > step or "loss" not in entry:  # the summary at the end of a run
+            break
+        kept.append(line)
+    return "".join(kept)
 
 
 def _report(args: argparse.Namespace, setting: dict[str, Any], tokenizer: Any, text: str) -> str:

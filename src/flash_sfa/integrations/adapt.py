@@ -6,11 +6,12 @@ r"""Adapting a dense Transformers model to Sparse Feature Attention with the reg
         \lVert O^\text{sparse}_{t h} - \text{stopgrad}(O^\text{dense}_{t h}) \rVert^2
 
 T counts the tokens of an optimizer step that are not padding, over all micro-batches and devices, H a layer's heads.
-O_dense is what dense attention makes of the same q, k and v. Source: arXiv 2603.22300.
+O_dense is what dense attention makes of the same q, k and v; both are without dropout. Source: arXiv 2603.22300.
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,29 +39,31 @@ class _State:
     def __init__(self) -> None:
         self.collect = self.observe = self.stored = False
         self.tokens: Tensor | None = None  # (b, n), True where a token counts; None: all
-        self.terms: dict[int, Tensor] = {}
-        self.seen: dict[int, tuple[float, float]] = {}
+        self.terms: list[Tensor] = []
+        self.seen: list[tuple[float, float]] = []
 
 
 class AdaptTrainer(Trainer):
     """Transformers' `Trainer` for a model with ``enable_sfa``, with the regulariser and schedules.
 
     Everything else is the Trainer's: data, accumulation, DDP and FSDP through accelerate, checkpoints, resume. The log
-    has, beside the Trainer's, ``lm_loss``, ``regulariser`` (R), ``lambda``, ``topk``, ``overlap`` (share of visible
-    pairs with a common feature) and ``balance`` (entropy of the kept features of keys over its largest value).
+    has, beside the Trainer's, ``lm_loss``, ``regulariser`` (R; its mean over the steps with lambda above 0, absent
+    without one), ``lambda``, ``topk``, ``overlap`` (share of visible pairs with a common feature) and ``balance``
+    (entropy of the kept features of keys over its largest value), these four of the last step.
 
     Args:
         regulariser: lambda at the first step.
         regulariser_end: lambda at the last step, linear in between; None keeps it.
         topk_from: topk at the first step, falling by equal factors to that of ``config.sfa`` over ``topk_steps`` steps;
             None starts with the final one. Only where ``config.sfa["topk"]`` is an int.
-        topk_steps: steps of that schedule.
+        topk_steps: steps of that schedule, fewer than the training has, so that the final topk is trained too.
         The others are the Trainer's.
 
     Raises:
         ValueError: a model without ``enable_sfa``, a negative number, a topk_from below the final topk or above the
-            head dim, topk_from with a topk that is not an int, or reentrant checkpointing, which would run the
-            regulariser without its graph.
+            head dim, topk_from with a topk that is not an int, topk_steps without topk_from or not below the steps of
+            the training, several GPUs in one process, or reentrant checkpointing, which would run the regulariser
+            without its graph. While training: a forward pass in which no layer attends by top-k with lambda above 0.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -91,6 +94,11 @@ class AdaptTrainer(Trainer):
         for name, value in (("regulariser", regulariser), ("regulariser_end", end)):
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"several GPUs need torchrun or accelerate launch, and this process would use {args.n_gpu}; start it "
+                "by one of them, or show it one GPU by CUDA_VISIBLE_DEVICES"
+            )
         if args.gradient_checkpointing:
             options = dict(args.gradient_checkpointing_kwargs or {})
             if options.get("use_reentrant", False):
@@ -104,19 +112,24 @@ class AdaptTrainer(Trainer):
         self._final_topk = self._config.sfa["topk"]
         if topk_from is not None:
             _check_schedule(topk_from, topk_steps, self._final_topk, head_dim(self._config))
+        elif topk_steps:
+            raise ValueError(f"topk_steps needs topk_from, got topk_steps={topk_steps!r} without it")
+        if args.max_steps > 0:
+            _check_steps(topk_steps, args.max_steps)
         self._lambdas, self._topk_from, self._topk_steps = (float(regulariser), float(end)), topk_from, topk_steps
         self._adapt = _State()
         self._step_tokens = torch.ones((), dtype=torch.int64)
         self._sums: dict[str, Tensor] = {}
-        self._counted = 0
+        self._counted: Counter[str] = Counter()  # the steps in a sum
+        self._lambda = 0.0  # of the step that runs
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_Schedules(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         _register()
-        for module in self._part.modules():
-            if hasattr(module, "layer_idx"):
-                module._sfa_adapt = self._adapt
+        self._sums, self._counted = {}, Counter()
+        for module in self._part.modules():  # some attention modules do not know their layer's number
+            module._sfa_adapt = self._adapt
         self._config._attn_implementation_internal = NAME
         try:
             return super().train(*args, **kwargs)
@@ -141,7 +154,7 @@ class AdaptTrainer(Trainer):
         """The language model's loss, and lambda R while training."""
         state, training = self._adapt, model.training
         weight = self.lambda_now() if training else 0.0
-        state.terms, state.seen, state.collect, state.stored = {}, {}, weight > 0.0, False
+        state.terms, state.seen, state.collect, state.stored = [], [], weight > 0.0, False
         state.observe = training and self._logs_next() and "overlap" not in self._sums
         mask = inputs.get("attention_mask")
         state.tokens = None if mask is None else mask.bool()
@@ -155,18 +168,23 @@ class AdaptTrainer(Trainer):
         """loss + lambda R of a micro-batch. parts: what the Trainer divides it by; None: by their number."""
         state, parts = self._adapt, parts or self.current_gradient_accumulation_steps
         sums = {"lm_loss": loss.detach() / parts}
-        if state.terms:
+        if weight > 0.0:
+            if not state.terms:
+                raise ValueError(
+                    f"regulariser is {weight}, but no layer of {type(self._part).__name__} attended by top-k in this "
+                    "forward pass, so there is no R; was its attention implementation changed?"
+                )
             # Gradients are averaged over devices.
-            total = torch.stack(list(state.terms.values())).sum() * self.args.world_size / self._step_tokens
+            total = torch.stack(state.terms).sum() * self.args.world_size / self._step_tokens
             loss = loss + weight * parts * total
             sums["regulariser"] = total.detach()
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         if state.seen:
             for i, name in enumerate(("overlap", "balance")):
-                mean = sum(pair[i] for pair in state.seen.values()) / len(state.seen)
+                mean = sum(pair[i] for pair in state.seen) / len(state.seen)
                 self._sums[name] = torch.tensor(mean, device=loss.device)
-        state.terms = {}
+        state.terms = []
         return loss
 
     def lambda_now(self) -> float:
@@ -183,15 +201,15 @@ class AdaptTrainer(Trainer):
         return round(self._topk_from ** (1 - done) * self._final_topk**done)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._counted:
+        if "loss" in logs and self._counted["lm_loss"]:
             for name, value in self._sums.items():
                 if name in ("overlap", "balance"):
                     logs[name] = float(value)
                 else:
-                    mean = value / self._counted
+                    mean = value / self._counted[name]
                     logs[name] = float(self.accelerator.gather(mean.reshape(1)).mean())
-            logs |= {"lambda": self.lambda_now(), "topk": self._config.sfa["topk"]}
-            self._sums, self._counted = {}, 0
+            logs |= {"lambda": self._lambda, "topk": self._config.sfa["topk"]}
+            self._sums, self._counted = {}, Counter()
         super().log(logs, start_time)
 
     def _counts(self, num_items_in_batch: Any) -> bool:
@@ -201,20 +219,25 @@ class AdaptTrainer(Trainer):
 
     def _logs_next(self) -> bool:
         step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps or 1))
-        return step % every == 0 or step == self.state.max_steps or step == 1
+        return step % every == 0 or step == self.state.max_steps or (step == 1 and self.args.logging_first_step)
 
 
 class _Schedules(TrainerCallback):
-    """Sets topk before each step and counts the steps since the last log."""
+    """Sets topk and lambda before each step and counts the steps since the last log."""
 
     def __init__(self, trainer: AdaptTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _check_steps(self.trainer._topk_steps, state.max_steps)  # known only now where epochs were given
+
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._config.sfa["topk"] = self.trainer.topk_now()
+        self.trainer._lambda = self.trainer.lambda_now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._counted += 1
+        self.trainer._counted["lm_loss"] += 1
+        self.trainer._counted["regulariser"] += self.trainer._lambda > 0.0
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A checkpoint is one of the final model, whatever the schedule is at.
@@ -247,6 +270,14 @@ def _check_schedule(topk_from: Any, topk_steps: Any, final: Any, dim: int) -> No
         raise ValueError(f"topk_steps must be at least 1 with topk_from, got {topk_steps!r}")
 
 
+def _check_steps(topk_steps: int, steps: int) -> None:
+    if topk_steps >= steps > 0:
+        raise ValueError(
+            f"topk_steps must be below the {steps} steps of the training, or its final topk is never trained with, "
+            f"got {topk_steps}"
+        )
+
+
 def _register() -> None:
     AttentionInterface.register(NAME, _adapt_forward)
     AttentionMaskInterface.register(NAME, sfa._mask)
@@ -261,22 +292,31 @@ def _adapt_forward(
     state = getattr(module, "_sfa_adapt", None)
     if state is None or isinstance(key, NewKeys) or not module.training:
         return out, None
-    setting = layer_setting(module.config, module.layer_idx)
+    setting = layer_setting(module.config, sfa._layer_of(module))
     if setting is None:
         return out, None
     if state.collect:
+        if not state.stored and not torch.is_grad_enabled():
+            raise ValueError(
+                "the regulariser's gradient would be lost: a layer runs without a graph while training, as under "
+                "gradient checkpointing with use_reentrant=True; only use_reentrant=False is allowed"
+            )
+        plain = kwargs | {"dropout": 0.0}
+        sparse = (
+            sfa._sfa_forward(module, query, key, value, attention_mask, **plain)[0] if kwargs.get("dropout") else out
+        )
         with torch.no_grad():
-            dense, _ = sfa._dense_forward(module, query, key, value, attention_mask, **(kwargs | {"dropout": 0.0}))
-        error = (out.float() - dense.float()).square().sum(-1).mean(-1)  # (b, n)
+            dense, _ = sfa._dense_forward(module, query, key, value, attention_mask, **plain)
+        error = (sparse.float() - dense.float()).square().sum(-1).mean(-1)  # (b, n)
         if state.tokens is not None:
             error = error.masked_fill(~state.tokens[:, -error.shape[1] :], 0.0)
         # Checkpointing runs a layer again for its gradient; it counts once.
         term = error.sum()
         if not state.stored:
-            state.terms[module.layer_idx] = term
-    if state.observe:
+            state.terms.append(term)
+    if state.observe and not state.stored:
         with torch.no_grad():
-            state.seen[module.layer_idx] = _observe(query.detach(), key.detach(), setting)
+            state.seen.append(_observe(query.detach(), key.detach(), setting))
     return out, None
 
 

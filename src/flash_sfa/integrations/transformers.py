@@ -27,7 +27,7 @@ from transformers.masking_utils import (
 from ..api import sfa_attention, sfa_attention_varlen
 from ..checks import is_int
 from ..codes import SparseCode, autocast_dtype
-from ..impl.reference import visible_pairs
+from ..impl.reference import visible_pairs, visible_pairs_varlen
 from .settings import check_setting, key_topk, layer_setting, query_topk, same_for_all, text_config
 from .sparse_cache import NewKeys, SFACache, SFALayer, StaticSFALayer, cached_step, codes_of, take_rows
 
@@ -510,6 +510,13 @@ def _dense_forward(
     if isinstance(key, NewKeys):
         raise TypeError("the cache holds top-k codes but this layer is dense; use a new cache")
     nq, nk = query.shape[2], key.shape[2]
+    if _packed(kwargs, query) and nq == nk:
+        # The mask, if any, repeats what cu_seq_lens say.
+        causal, window = _visibility(module, query, None, sliding_window, kwargs)
+        cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
+        attention_mask = visible_pairs_varlen(
+            cu_q, cu_q if cu_k is None else cu_k, nq, nk, (window[0], 0 if causal else window[1])
+        )[None, None]
     causal, window = _visibility(module, query, attention_mask, sliding_window, kwargs)
     if causal and window[0] < 0 and attention_mask is None and nq == nk:
         mask = None
