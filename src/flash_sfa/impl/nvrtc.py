@@ -21,7 +21,6 @@ Macros = list[tuple[str, str]]
 _threads = threading.local()
 
 
-@functools.cache
 def missing(index: int | None) -> str | None:
     """None if kernels can be compiled and run on a device, else the reason."""
     if torch.version.hip is not None or not torch.cuda.is_available():
@@ -37,6 +36,7 @@ def missing(index: int | None) -> str | None:
     return None
 
 
+@functools.cache  # what fails is tried again: memory may have been short
 def _compile_and_load(device: torch.device) -> None:
     """The smallest kernel, to see whether any works."""
     image, module = (
