@@ -180,8 +180,8 @@ def perplexity_table(rows: list[dict[str, Any]]) -> str:
         "",
         f"{len(rows)} runs, {tokens} tokens, {sizes[0]:.1f} to {sizes[-1]:.1f}M parameters without embeddings, context "
         f"{first['config']['model']['context']}, {first['device']}, torch {first['torch']}{speed}; commit {commits}.",
-        f"Dense is the better of full and half width ({names}). ± is the standard deviation over seeds; the difference "
-        "is that between runs of one seed.",
+        (f"Dense is the better of full and half width ({names}). " if names else "")
+        + "± is the standard deviation over seeds; the difference is that between runs of one seed.",
     ]
     return "\n".join(lines)
 
