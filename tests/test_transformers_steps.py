@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 import shutil
 import weakref
 
@@ -334,6 +335,7 @@ def test_padding_does_not_keep_the_mask():
     padding = sparse_cache._Padding()
     mask = torch.ones(2, 1, 4, 4, dtype=torch.bool)
     padding.look(mask, 2, 4)
+    assert pickle.loads(pickle.dumps(padding)).mask is None
     seen = weakref.ref(mask)
     del mask
     assert seen() is None

@@ -218,7 +218,7 @@ class SparseKVCache:
         `reorder` and an append outside of the graph may come between replays; after `fork` and `reorder`, and when the
         reserved tokens are used up, call reserve again before the next replay. A reserve with other sequences or beyond
         the largest n so far moves the tables: capture again. A replay that does not fit stores nothing, and the next
-        call outside of a graph raises. `free` ends the reservation of a sequence.
+        call outside of a graph raises. A sequence that is truncated keeps what was reserved; `free` gives it back.
 
         Where the kernel is missing (CPU, float64), only the pages are taken.
 

@@ -127,6 +127,7 @@ def sfa_attention_with_kvcache(
     if impl != "cuda" and _capturing(cache.device):
         raise NotImplementedError(
             f"impl={impl!r} reads lengths on the host, which a CUDA graph cannot capture; only 'cuda' can be captured"
+            f" ({cuda_decode.unsupported(cache, q.shape[1], grad=grad) or 'which can do this call'})"
         )
 
     if isinstance(q, Tensor) and topk_q is not None and impl == "cpu" and not grad and cpu_numba.takes_cache(cache):
@@ -238,7 +239,10 @@ def _gathered(
     q: Tensor | SparseCode, cache: SparseKVCache, layer: int, ids: list[int], window: tuple[int, int],
     scale: float, nonoverlap: str, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Prefill over the cache: attention over a span of tokens at a time, so that dense keys never exist as a whole."""
+    """Prefill over the cache, a span of tokens at a time, so that dense keys never exist as a whole.
+
+    A window, and a q that needs a gradient, take one span.
+    """
     parts = []
     grad = torch.is_grad_enabled() and _anchor(q).requires_grad
     for row, seq_id in enumerate(ids):
@@ -248,7 +252,7 @@ def _gathered(
             continue
         mine = q.map(_row_of(row)) if isinstance(q, SparseCode) else q[row, None]
         result = None
-        spans = [(0, length)] if grad else _spans(length, q.shape[1], window[0])
+        spans = [(0, length)] if grad and window[0] < 0 else _spans(length, q.shape[1], window[0])
         for start, stop in spans:
             code, v = cache._span(layer, seq_id, start, stop)
             part = sfa_attention(
@@ -265,7 +269,7 @@ def _gathered(
 
 def _spans(length: int, sq: int, left: int) -> list[tuple[int, int]]:
     """The tokens to attend to, in pieces: all queries see all of each but the last, which holds the queries' own."""
-    if left >= 0:  # a window is short already
+    if 0 <= left < length - 1:
         return [(max(0, length - sq - left), length)]
     cuts = [0, *range(_SPAN, length - sq + 1, _SPAN)]
     return list(zip(cuts, [*cuts[1:], length]))

@@ -30,15 +30,26 @@ def missing(index: int | None) -> str | None:
     if cuda_core() is None:
         return "cuda-core, which compiles the kernel, is not installed: pip install 'flash-sfa[cuda]'"
     try:
-        _compile_and_load(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+        return _no_kernel(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+    except torch.OutOfMemoryError as error:  # tried again at the next call
+        return f"a kernel does not load: {error}"
+
+
+@functools.cache
+def _no_kernel(device: torch.device) -> str | None:
+    """Why not even the smallest kernel compiles and loads, or None."""
+    try:
+        _compile_and_load(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # NVRTC is missing or broken, or the driver is too old for what it makes
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         return f"a kernel does not compile or load: {error}"
     return None
 
 
-@functools.cache  # what fails is tried again: memory may have been short
 def _compile_and_load(device: torch.device) -> None:
-    """The smallest kernel, to see whether any works."""
     image, module = (
         compile_text('extern "C" __global__ void f() {}', [("SFA_PROBE", "1")], architecture(device)),
         ctypes.c_void_p(),
@@ -49,6 +60,7 @@ def _compile_and_load(device: torch.device) -> None:
         driver().call("cuModuleUnload", module)
 
 
+@functools.cache
 def cuda_core() -> Any:
     """The module of cuda-core that has Program, or None."""
     for name in ("cuda.core", "cuda.core.experimental"):  # the second in its first releases

@@ -134,6 +134,10 @@ class _Padding:
         self.mask: weakref.ref[Tensor] | None = None
         self.real: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks anew; weak references cannot be saved."""
+        return {"mask": None, "real": None}
+
     def look(self, mask: Tensor | None, rows: int, n: int) -> Tensor | None:
         """(rows, n) bool on the host, True for real tokens; None if all are. Waits for the device."""
         if mask is None:

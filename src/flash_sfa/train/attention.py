@@ -385,6 +385,7 @@ def train_attention(
         return out, None
     if at.kind == "sfa":
         training = torch.is_grad_enabled()
+        at.aux = None
         if training and (at.balance or at.distill):
             at.aux = _aux(q, k, at, scaling, sliding_window)
         if at.recent or at.drop:
